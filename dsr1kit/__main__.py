@@ -1,0 +1,5 @@
+"""`python -m dsr1kit`."""
+
+from dsr1kit.cli import main
+
+main()

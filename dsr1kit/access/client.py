@@ -1,0 +1,360 @@
+"""Ask one hosted channel and measure it: the Backend behind `Channel.open()`.
+
+Speaks Chat Completions with streaming over the measuring HTTP client. Every condition of the far side
+becomes a Reply with an outcome; three clocks watch a request: first token (which keep-alives do not feed),
+stall (silence between tokens) and the deadline of the whole. Knows nothing about retries or other channels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from dsr1kit import keys
+from dsr1kit.access import outcomes
+from dsr1kit.access.http import Connection, Exchange, Pool, StaleConnection
+from dsr1kit.access.limits import Limits
+from dsr1kit.access.stream import CompletionReader
+from dsr1kit.errors import UsageError
+from dsr1kit.records import (
+    R1_SAMPLING,
+    Attempt,
+    Delta,
+    Message,
+    OnDelta,
+    Outcome,
+    Reply,
+    Sampling,
+    Timing,
+    Usage,
+    require_messages,
+)
+from dsr1kit.thinking import Piece
+
+if TYPE_CHECKING:
+    from dsr1kit.access.channels import Channel
+
+_MOST_ERROR_BYTES = 256 * 1024
+
+
+class ChannelClient:
+    """A hosted channel, opened: an async context manager and a Backend.
+
+    Args:
+        channel: what the catalogue says.
+        first_token_s: longest wait for reasoning or answer text, from the moment the request is dispatched.
+        stall_s: longest silence between two pieces of text.
+        deadline_s: limit for the whole request; None: none.
+        connect_s: limit for DNS, TCP, proxy and TLS together.
+
+    Raises (on entering):
+        MissingKey: the channel's key variable is not set.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        first_token_s: float = 120.0,
+        stall_s: float = 60.0,
+        deadline_s: float | None = None,
+        connect_s: float = 10.0,
+    ) -> None:
+        for name, value in (("first_token_s", first_token_s), ("stall_s", stall_s), ("connect_s", connect_s)):
+            if not value > 0:
+                raise UsageError(f"{name} must be above 0 seconds, not {value!r}")
+        if deadline_s is not None and not deadline_s > 0:
+            raise UsageError(f"deadline_s must be above 0 seconds, not {deadline_s!r}")
+        self.channel = channel
+        self.name = channel.name
+        self._first_token_s, self._stall_s = first_token_s, stall_s
+        self._deadline_s, self._connect_s = deadline_s, connect_s
+        self._key: str | None = None
+        self._pool: Pool | None = None
+        self._limits = Limits(channel.requests_per_minute, channel.tokens_per_minute, channel.max_in_flight)
+
+    async def __aenter__(self) -> Self:
+        if self.channel.api_key_env:
+            self._key = keys.require_key(self.channel.api_key_env, self.name)
+        self._pool = Pool(self.channel.base_urls[0], proxy=self.channel.proxy, connect_s=self._connect_s)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling = R1_SAMPLING,
+        *,
+        on_delta: OnDelta | None = None,
+        due: float | None = None,
+    ) -> Reply:
+        """Ask once; see `Backend.ask`. `max_tokens` is clamped to the channel's `max_output`."""
+        if self._pool is None:
+            raise UsageError(f"channel {self.name!r} is not open: use `async with channel.open() as r1:`")
+        require_messages(messages)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        due = start if due is None else due
+        call = _Call(self, due, on_delta, due_at=time.time() - (start - due))
+        retired = self.channel.retired_on()
+        if retired:
+            return call.reply(Outcome.RETIRED, outcomes.detail(Outcome.RETIRED, f"retired on {retired}"))
+        call.prompt = "\n".join(m["content"] for m in messages)
+        try:
+            async with asyncio.timeout_at(None if self._deadline_s is None else due + self._deadline_s):
+                async with self._limits.slot():
+                    reply = await self._exchange(call, self._request(messages, sampling))
+                    self._limits.spent(reply.usage)
+                    return reply
+        except TimeoutError:
+            call.close()
+            return call.reply(
+                Outcome.DEADLINE, outcomes.detail(Outcome.DEADLINE, f"no whole answer in {self._deadline_s} s")
+            )
+        except asyncio.CancelledError:
+            call.close()
+            raise
+
+    def body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, object]:
+        """The request's JSON body."""
+        body: dict[str, object] = {
+            "model": self.channel.model,
+            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": min(sampling.max_tokens, self.channel.max_output or sampling.max_tokens),
+        }
+        if (seed := sampling.draw_seed()) is not None:
+            body["seed"] = seed
+        if sampling.max_thinking_tokens is not None:
+            body["thinking_budget"] = sampling.max_thinking_tokens
+        return body
+
+    def _request(self, messages: Sequence[Message], sampling: Sampling) -> bytes:
+        assert self._pool is not None  # noqa: S101 - ask() has checked it
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream, application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": "dsr1kit",
+        }
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        payload = json.dumps(self.body(messages, sampling), ensure_ascii=False).encode("utf-8", "replace")
+        return self._pool.request("POST", "/chat/completions", headers, payload)
+
+    async def _exchange(self, call: _Call, request: bytes) -> Reply:
+        assert self._pool is not None  # noqa: S101 - ask() has checked it
+        loop = asyncio.get_running_loop()
+        dispatched = loop.time()
+        for fresh in (False, True):
+            try:
+                connection, connect_s = await self._pool.acquire(fresh=fresh)
+            except (OSError, ssl.SSLError) as error:
+                return call.reply(Outcome.UNREACHABLE, outcomes.detail(Outcome.UNREACHABLE, self._why(error)))
+            call.start(connection, connect_s, dispatched)
+            connection.send(request, call, self._pool.release)
+            reply = await call.done
+            if reply is not None:
+                return reply
+        raise AssertionError("a fresh connection cannot be stale")
+
+    def _why(self, error: Exception) -> str:
+        where = self.channel.base_urls[0]
+        if isinstance(error, socket.gaierror):
+            return f"the name in {where} cannot be resolved ({error.strerror})"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"the certificate of {where} is not trusted ({error.verify_message})"
+        if isinstance(error, ConnectionRefusedError):
+            return f"nothing listens at {where} (connection refused)"
+        return f"{where}: {error or type(error).__name__}"
+
+    @property
+    def clocks(self) -> tuple[float, float]:
+        """First-token and stall limits, in seconds."""
+        return self._first_token_s, self._stall_s
+
+
+class _Call(Exchange):
+    """One request on the wire: reads the response, keeps the clocks, ends as a Reply."""
+
+    def __init__(self, client: ChannelClient, due: float, on_delta: OnDelta | None, *, due_at: float) -> None:
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._due, self._due_at = due, due_at
+        self._on_delta = on_delta
+        self.prompt = ""
+        self.done: asyncio.Future[Reply | None] = self._loop.create_future()
+        self._reader = self._new_reader()
+        self._status: int | None = None
+        self._headers: dict[str, str] = {}
+        self._error_body = bytearray()
+        self._connection: Connection | None = None
+        self._connect_s: float | None = None
+        self._reused = False
+        self._queue_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def _new_reader(self) -> CompletionReader:
+        show = None if self._on_delta is None else self._show
+        return CompletionReader(self._client.channel.reasoning, self._loop.time, show)
+
+    def start(self, connection: Connection, connect_s: float, dispatched: float) -> None:
+        """The connection is there and the request is about to be written."""
+        self.done = self._loop.create_future()
+        self._connection = connection
+        self._reused = connection.uses > 0
+        self._connect_s = connect_s
+        self._queue_s = max(0.0, dispatched - self._due)
+        first_token_s, _ = self._client.clocks
+        self._timer = self._loop.call_at(dispatched + first_token_s, self._first_token_clock)
+
+    # What the connection calls.
+    def on_headers(self, status: int, headers: dict[str, str], at: float) -> None:
+        self._status, self._headers = status, headers
+
+    def on_body(self, data: bytes, at: float) -> None:
+        if self._status == 200:
+            self._reader.feed(data, at)
+        elif len(self._error_body) < _MOST_ERROR_BYTES:
+            self._error_body += data
+
+    def parse_some(self, until: float) -> bool:
+        return self._reader.parse_some(until)
+
+    def on_end(self, at: float) -> None:
+        if self.done.done():
+            return
+        if self._status == 200:
+            outcome, detail = self._reader.finish()
+        else:
+            outcome, detail = outcomes.from_status(self._status or 0, bytes(self._error_body), self._headers)
+        self._end(outcome, detail, at)
+
+    def on_lost(self, at: float, error: Exception | None) -> None:
+        if self.done.done():
+            return
+        if isinstance(error, StaleConnection):
+            self._stop_timer()
+            self.done.set_result(None)
+            return
+        how = f"the connection broke ({error})" if error and str(error) else "the connection was closed early"
+        if self._status not in (None, 200):
+            self.on_end(at)
+            return
+        outcome, detail = self._reader.finish(broken=how)
+        self._end(outcome, detail, at)
+
+    # The clocks.
+    def _first_token_clock(self) -> None:
+        last = self._reader.last_text_at
+        first_token_s, stall_s = self._client.clocks
+        if last is not None:
+            self._timer = self._loop.call_at(last + stall_s, self._stall_clock)
+            return
+        waited = f"no token within {first_token_s:g} s"
+        if self._reader.keep_alives:
+            self._give_up(Outcome.QUEUED, f"{waited}, only {self._reader.keep_alives} keep-alives")
+        else:
+            self._give_up(Outcome.STALLED, f"{waited}, and no keep-alive")
+
+    def _stall_clock(self) -> None:
+        _, stall_s = self._client.clocks
+        last = self._reader.last_text_at or 0.0
+        if self._loop.time() < last + stall_s:
+            self._timer = self._loop.call_at(last + stall_s, self._stall_clock)
+            return
+        self._give_up(Outcome.STALLED, f"silence for {stall_s:g} s in the middle of the answer")
+
+    def _give_up(self, outcome: Outcome, fact: str) -> None:
+        if not self.done.done():
+            self._reader.finish(broken=fact)
+            self._end(outcome, outcomes.detail(outcome, fact), self._loop.time())
+        if self._connection is not None:
+            self._connection.abort()
+
+    def _end(self, outcome: Outcome, detail: str, at: float) -> None:
+        self._stop_timer()
+        self.done.set_result(self.reply(outcome, detail, at=at))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close(self) -> None:
+        """Give the request up: the connection is closed, which tells the far side to stop."""
+        self._stop_timer()
+        self._reader.finish(broken="given up")
+        if self._connection is not None and not self.done.done():
+            self._connection.abort()
+        if not self.done.done():
+            self.done.cancel()
+
+    def _show(self, pieces: list[Piece]) -> None:
+        assert self._on_delta is not None  # noqa: S101 - only handed on when there is one
+        try:
+            for piece in pieces:
+                self._on_delta(Delta(piece.kind, piece.text, piece.at - self._due))
+        except Exception as error:  # noqa: BLE001 - the caller's own; it belongs to whoever awaits the reply
+            self._stop_timer()
+            if not self.done.done():
+                self.done.set_exception(error)
+            if self._connection is not None:
+                self._connection.abort()
+
+    def reply(self, outcome: Outcome, detail: str, *, at: float | None = None) -> Reply:
+        """The Reply as things stand."""
+        channel = self._client.channel
+        usage = self._reader.usage(self.prompt)
+        timing = self._timing(usage, self._loop.time() if at is None else at)
+        return Reply(
+            outcome=outcome,
+            detail=detail,
+            reasoning=self._reader.splitter.reasoning,
+            answer=self._reader.splitter.answer,
+            finish_reason=self._reader.finish_reason,
+            channel=channel.name,
+            model_requested=channel.model,
+            model_served=self._reader.model_served,
+            timing=timing,
+            usage=usage,
+            due_at=self._due_at,
+            http_status=self._status,
+            headers=dict(self._headers),
+            attempts=(Attempt(channel.name, outcome, timing.total_s),),
+            emulated=channel.emulated,
+            extra={"keep_alives": self._reader.keep_alives, "chunks": self._reader.chunks},
+        )
+
+    def _timing(self, usage: Usage, ended: float) -> Timing:
+        splitter, due = self._reader.splitter, self._due
+        times = sorted({piece.at for piece in splitter.pieces})
+        first, answer = splitter.first_at(), splitter.first_at("answer")
+        tokens = usage.completion_tokens or 0
+        last = times[-1] if times else None
+        return Timing(
+            queue_s=self._queue_s,
+            connect_s=self._connect_s,
+            connection_reused=self._reused,
+            first_token_s=None if first is None else first - due,
+            first_answer_s=None if answer is None else answer - due,
+            think_s=None if answer is None or first is None else answer - first,
+            inter_token_s=(last - first) / (tokens - 1) if last and first and tokens > 1 and len(times) > 1 else None,
+            total_s=(ended if last is None else last) - due,
+            gaps_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+        )

@@ -1,0 +1,340 @@
+"""Ask every channel the same questions and write down what happens: the run behind `dsr1kit compare`.
+
+Hosted and emulated channels share one interleaved order, so that drift over the run hits all alike; local
+models come after, one request at a time, with nothing else being measured. Each reply becomes a record in
+the journal as it ends; the same settings on the same folder continue a killed run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsr1kit import about
+from dsr1kit.access.channels import Channel, Price, load_channels
+from dsr1kit.backends import is_local, open_backend, price_of
+from dsr1kit.compare import report
+from dsr1kit.compare.journal import Journal
+from dsr1kit.compare.scoring import score_number
+from dsr1kit.compare.summary import summarize
+from dsr1kit.compare.tasks import Item, load_task
+from dsr1kit.errors import UsageError
+from dsr1kit.keys import require_key
+from dsr1kit.records import Backend, Message, Outcome, Reply, Sampling, Verdict
+
+#: What runs may report while they go: (stage, done, total); stages are `prepare`, `hosted` and `local`.
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What a comparison asks, of whom and how.
+
+    Attributes:
+        channels: catalogue names, `emulated:FILE`, `local:MODEL`.
+        task, items, samples: how many draws of how many questions of which task.
+        concurrency: requests in flight over all hosted channels together (closed loop).
+        rate: requests per second in all, at random (Poisson) moments (open loop); None: closed loop.
+        seed: of items, order, arrival times and draws.
+        sampling: R1's by default; `max_tokens` here is a cap for tasks with short answers.
+        max_cost: in a channel's own currency; when the sum in one currency reaches it, the rest of the
+            run is recorded as `over_budget` and not asked.
+        first_token_s, stall_s, deadline_s: limits for hosted channels, in seconds.
+    """
+
+    channels: tuple[str, ...]
+    task: str = "arithmetic"
+    items: int = 50
+    samples: int = 1
+    concurrency: int = 4
+    rate: float | None = None
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    max_cost: float | None = None
+    first_token_s: float = 120.0
+    stall_s: float = 60.0
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.channels:
+            raise UsageError("a comparison needs at least one channel")
+        twice = [c for c in self.channels if self.channels.count(c) > 1]
+        if twice:
+            raise UsageError(f"channel {twice[0]!r} is named twice")
+        for name in ("items", "samples", "concurrency"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rate", "max_cost", "deadline_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be above 0, not {value}")
+
+    def sampling_for(self, sample: int) -> Sampling:
+        """The sampling of one draw; the run's seed counts where the sampling has none of its own."""
+        seed = self.seed if self.sampling.seed is None else self.sampling.seed
+        return replace(self.sampling, seed=seed, sample=sample)
+
+
+class Finished(NamedTuple):
+    """A finished run: its folder's files, and the summary as data."""
+
+    folder: Path
+    records: Path
+    summary_path: Path
+    report: Path
+    summary: dict[str, Any]
+
+
+class _Question(NamedTuple):
+    channel: str
+    item: Item
+    sample: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (self.channel, self.item.id, self.sample)
+
+
+async def run_comparison(
+    settings: RunSettings,
+    out: str | Path,
+    *,
+    channel_file: str | Path | None = None,
+    retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Finished:
+    """Run, or continue, a comparison in the folder `out`.
+
+    Args:
+        settings: what to ask.
+        out: the run's folder; holds run.json, records.jsonl, summary.json and report.html.
+        channel_file: the person's own catalogue; None: the one DSR1KIT_CHANNELS names.
+        retry_failed: ask failed requests of an earlier start again.
+        on_progress: told of each finished request.
+
+    Raises:
+        UsageError: unknown names, missing keys, a folder of another run; before anything is asked.
+    """
+    catalogue = load_channels(channel_file)
+    items = load_task(settings.task, settings.items, settings.seed)
+    clocks: dict[str, Any] = {k: getattr(settings, k) for k in ("first_token_s", "stall_s", "deadline_s")}
+    backends = {name: open_backend(name, catalogue, **clocks) for name in settings.channels}
+    for name in settings.channels:
+        if name in catalogue and catalogue[name].api_key_env:
+            require_key(catalogue[name].api_key_env, name)
+    prices = {name: price_of(name, catalogue) for name in settings.channels}
+    identity = _identity(settings, catalogue, backends)
+    surroundings = {"versions": about.versions(), "hardware": about.hardware()}
+    with Journal(Path(out), identity, surroundings) as journal:
+        if retry_failed:
+            journal.forget_failed()
+        run = _Run(settings, journal, prices, on_progress)
+        open_ones = [q for q in _order(settings, items) if q.key not in journal.done()]
+        hosted = [q for q in open_ones if not is_local(q.channel)]
+        async with AsyncExitStack() as stack:
+            opened: dict[str, Backend] = {}
+            for name in dict.fromkeys(q.channel for q in hosted):
+                opened[name] = await stack.enter_async_context(backends[name])
+            await run.prepare(opened, hosted)
+            await run.hosted(opened, hosted)
+        for name in settings.channels:
+            own = [q for q in open_ones if q.channel == name and is_local(name)]
+            if own:
+                async with backends[name] as backend:
+                    await run.local(backend, own)
+    return finish(Path(out))
+
+
+def finish(folder: Path) -> Finished:
+    """Write summary.json and report.html from what the folder holds."""
+    from dsr1kit.compare.journal import read_records
+
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    records = read_records(folder / "records.jsonl")
+    summary = summarize(records, run["identity"]["channels"]) | {
+        "run": run["run"],
+        "task": run["identity"]["task"],
+        "items": run["identity"]["items"],
+        "samples": run["identity"]["samples"],
+    }
+    summary_path = folder / "summary.json"
+    summary_path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    report_path = folder / "report.html"
+    report_path.write_text(report.render(run, records, summary), encoding="utf-8")
+    return Finished(folder, folder / "records.jsonl", summary_path, report_path, summary)
+
+
+class _Run:
+    def __init__(
+        self,
+        settings: RunSettings,
+        journal: Journal,
+        prices: Mapping[str, Price | None],
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._settings, self._journal, self._prices = settings, journal, prices
+        self._tell = on_progress or (lambda *_: None)
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        for record in journal.read():
+            if record.get("cost"):
+                self._spent[record["currency"]] += record["cost"]
+
+    async def prepare(self, opened: Mapping[str, Backend], questions: Sequence[_Question]) -> None:
+        """Let emulated models answer before anything is measured."""
+        by_channel: dict[str, list[tuple[list[Message], Sampling]]] = defaultdict(list)
+        for q in questions:
+            if hasattr(opened[q.channel], "prepare"):
+                by_channel[q.channel].append((q.item.messages(), self._settings.sampling_for(q.sample)))
+        total = sum(len(v) for v in by_channel.values())
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self._tell("prepare", done, total)
+
+        if total:
+            self._tell("prepare", 0, total)
+        for name, asked in by_channel.items():
+            await opened[name].prepare(asked, count)  # type: ignore[attr-defined]  # only emulated channels have it
+
+    async def hosted(self, opened: Mapping[str, Backend], questions: Sequence[_Question]) -> None:
+        """All hosted questions: closed loop at the concurrency, or open loop at the rate."""
+        waiting = iter(questions)
+        done = 0
+
+        async def one(q: _Question, due: float | None = None) -> None:
+            nonlocal done
+            await self._one(opened[q.channel], q, due)
+            done += 1
+            self._tell("hosted", done, len(questions))
+
+        async def worker() -> None:
+            for q in waiting:
+                await one(q)
+
+        if questions:
+            self._tell("hosted", 0, len(questions))
+        async with asyncio.TaskGroup() as group:
+            if self._settings.rate is None:
+                for _ in range(min(self._settings.concurrency, len(questions))):
+                    group.create_task(worker())
+                return
+            loop = asyncio.get_running_loop()
+            rng = random.Random(f"{self._settings.seed}/arrivals")
+            due = loop.time()
+            for q in questions:
+                due += rng.expovariate(self._settings.rate)
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                group.create_task(one(q, due))
+
+    async def local(self, backend: Backend, questions: Sequence[_Question]) -> None:
+        """All questions of one local model, one after the other."""
+        stage = f"local {backend.name.partition(':')[2]}"
+        self._tell(stage, 0, len(questions))
+        for number, q in enumerate(questions, 1):
+            await self._one(backend, q, None)
+            self._tell(stage, number, len(questions))
+
+    async def _one(self, backend: Backend, q: _Question, due: float | None) -> None:
+        limit = self._settings.max_cost
+        if limit is not None and any(spent >= limit for spent in self._spent.values()):
+            from dsr1kit.access import outcomes
+
+            fact = f"--max-cost {limit:g} was reached"
+            reply = Reply(Outcome.OVER_BUDGET, outcomes.detail(Outcome.OVER_BUDGET, fact), channel=q.channel)
+        else:
+            reply = await backend.ask(q.item.messages(), self._settings.sampling_for(q.sample), due=due)
+        price = self._prices[q.channel]
+        record = to_record(reply, q.channel, q.item, q.sample, price)
+        if record["cost"]:
+            self._spent[record["currency"]] += record["cost"]
+        self._journal.append(record)
+
+
+def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price | None) -> dict[str, Any]:
+    """One line of records.jsonl (without the run's id)."""
+    timing, usage = reply.timing, reply.usage
+    due = reply.due_at
+    cost = price.cost(usage) if price is not None else None
+    return {
+        "channel": channel,
+        "item": item.id,
+        "kind": item.kind,
+        "sample": sample,
+        "model_requested": reply.model_requested,
+        "model_served": reply.model_served,
+        "outcome": reply.outcome.value,
+        "detail": reply.detail,
+        "due_at": dt.datetime.fromtimestamp(due, dt.UTC).isoformat() if due is not None else None,
+        "queue_s": _rounded(timing.queue_s),
+        "connect_s": _rounded(timing.connect_s),
+        "connection_reused": timing.connection_reused,
+        "first_token_s": _rounded(timing.first_token_s),
+        "first_answer_s": _rounded(timing.first_answer_s),
+        "think_s": _rounded(timing.think_s),
+        "inter_token_s": _rounded(timing.inter_token_s),
+        "total_s": _rounded(timing.total_s),
+        "prompt_tokens": usage.prompt_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "answer_tokens": usage.answer_tokens,
+        "token_count_source": usage.source,
+        "token_split_source": usage.split_source,
+        "question": item.prompt,
+        "gold": item.gold,
+        "reasoning": reply.reasoning,
+        "answer": reply.answer,
+        "finish_reason": reply.finish_reason,
+        "verdict": verdict_of(reply, item),
+        "cost": cost,
+        "currency": price.currency if price is not None else None,
+        "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in reply.attempts],
+        "from_cache": reply.from_cache,
+        "emulated": reply.emulated,
+    }
+
+
+def verdict_of(reply: Reply, item: Item) -> Verdict:
+    """Judge a reply; one that is neither whole nor stopped by length says nothing about quality."""
+    if reply.outcome not in (Outcome.OK, Outcome.TRUNCATED):
+        return "unscored"
+    return score_number(reply.answer, item.gold)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+def _order(settings: RunSettings, items: Sequence[Item]) -> Iterator[_Question]:
+    """Sample by sample, item by item; the channels of one question in an order drawn for it."""
+    for sample in range(settings.samples):
+        for item in items:
+            names = list(settings.channels)
+            random.Random(f"{settings.seed}/{item.id}/{sample}").shuffle(names)
+            for name in names:
+                yield _Question(name, item, sample)
+
+
+def _identity(
+    settings: RunSettings, catalogue: Mapping[str, Channel], backends: Mapping[str, Any]
+) -> dict[str, Any]:
+    identity = asdict(settings) | {"channels": list(settings.channels)}
+    # Raising the budget is how a run that hit it goes on.
+    del identity["max_cost"]
+    facts = {}
+    for name in settings.channels:
+        if name in catalogue:
+            c = catalogue[name]
+            facts[name] = {"base_urls": list(c.base_urls), "model": c.model, "reasoning": c.reasoning}
+        elif hasattr(backends[name], "weather"):
+            facts[name] = {"weather": json.loads(json.dumps(asdict(backends[name].weather), default=str))}
+            facts[name]["weather"].pop("path")
+    return identity | {"facts": facts}

@@ -1,0 +1,111 @@
+"""Intervals: how sure a share, a difference or a percentile is.
+
+Items are the units that vary; several samples of one item are one cluster (Miller, "Adding Error Bars to
+Evals", arXiv 2411.00640). All intervals are 95 %. Knows nothing about channels or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+_Z = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def clustered_share(outcomes: Mapping[str, Sequence[bool]]) -> Interval | None:
+    """Mean over items of the share of successes, with Wilson's interval at the effective sample size.
+
+    Args:
+        outcomes: for each item, success or not of each of its samples.
+
+    The effective size is p(1-p) / SE^2 with the standard error between items, but never below the number
+    of items' worth of information that full correlation would leave nor above the number of samples. With
+    one sample an item this is Wilson's interval itself. None where there is nothing to count.
+    """
+    means = np.array([np.mean(samples) for samples in outcomes.values() if len(samples)], dtype=float)
+    if means.size == 0:
+        return None
+    p = float(means.mean())
+    items, samples = means.size, sum(len(s) for s in outcomes.values())
+    size = float(items)
+    if items > 1 and samples > items and 0 < p < 1:
+        variance = float(means.var(ddof=1)) / items
+        if variance > 0:
+            size = min(float(samples), max(float(items), p * (1 - p) / variance))
+    return Interval(p, *_wilson(p, size))
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class PairedDifference(NamedTuple):
+    """Accuracy of `a` less that of `b` over the items both answered.
+
+    Attributes:
+        items: how many items both answered.
+        items_to_settle: how many would make an interval of the same shape exclude zero; None where it does.
+    """
+
+    value: float
+    low: float
+    high: float
+    items: int
+    items_to_settle: int | None
+
+
+def paired_difference(a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]) -> PairedDifference | None:
+    """The mean difference over shared items, with the adjusted Wald interval of Bonett and Price (2012).
+
+    One item each way is added before the usual interval is taken, which keeps its coverage when few items
+    differ; for single samples this is their method exactly, for means over samples it is cautious.
+    """
+    shared = [i for i in a if i in b and len(a[i]) and len(b[i])]
+    if not shared:
+        return None
+    d = np.array([np.mean(a[i]) - np.mean(b[i]) for i in shared], dtype=float)
+    padded = np.concatenate([d, [1.0, -1.0]])
+    n = padded.size
+    # The adjusted estimate centres the interval; its variance is that of the padded differences.
+    half = _Z * math.sqrt(float(np.mean(padded**2) - np.mean(padded) ** 2) / n)
+    centre = float(padded.mean())
+    low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    value = float(d.mean())
+    settle = None
+    if low <= 0 <= high:
+        settle = math.ceil(len(shared) * (half / abs(value)) ** 2) if abs(value) > 1e-9 else None
+    return PairedDifference(value, low, high, len(shared), settle)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """p50, p95 and p99 by linear interpolation; None for no values."""
+    if not values:
+        return None
+    p50, p95, p99 = np.percentile(np.asarray(values, dtype=float), [50, 95, 99])
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """The median with its exact, distribution-free interval from order statistics."""
+    if not values:
+        return None
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = ordered.size
+    rank = int(stats.binom.ppf(0.025, n, 0.5))
+    low = ordered[max(0, rank - 1)] if n > 5 else ordered[0]
+    high = ordered[min(n - 1, n - rank)] if n > 5 else ordered[-1]
+    return Interval(float(np.median(ordered)), float(low), float(high))

@@ -1,0 +1,78 @@
+"""API keys: found in the environment or in Colab's secrets, never written anywhere, redacted everywhere.
+
+Knows nothing about channels; a key is a name and a value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+
+from dsr1kit.errors import MissingKey
+
+REDACTED = "[redacted]"
+_COLAB_WAIT_S = 5.0
+# Shorter values (an "x" given to a server that ignores its key) would redact ordinary text.
+_SHORTEST_SECRET = 8
+
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+_SECRET_SHAPES = re.compile(
+    r"(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
+    r"|\b(?:sk|hf|gsk|nvapi|r8|xai|fw|pk|ghp|AKIA)[-_]?[A-Za-z0-9_-]{16,}"
+)
+_used: set[str] = set()
+
+
+def find_key(name: str) -> str | None:
+    """The value of the key called `name`, from the environment, then from Colab's secrets; None if absent."""
+    value = os.environ.get(name, "").strip() or _colab_secret(name)
+    if value:
+        _used.add(value)
+    return value or None
+
+
+def require_key(name: str, channel: str) -> str:
+    """Like find_key; raises MissingKey, naming the variable and the channel, where there is none."""
+    value = find_key(name)
+    if value is None:
+        raise MissingKey(
+            f"channel {channel!r} needs an API key and the variable {name} is not set: "
+            f"export {name}=... (in Colab: add a secret called {name})"
+        )
+    return value
+
+
+def _colab_secret(name: str) -> str | None:
+    if "google.colab" not in sys.modules:
+        return None
+    box: list[str | None] = [None]
+
+    def look() -> None:
+        try:
+            from google.colab import userdata
+
+            box[0] = userdata.get(name)
+        except BaseException:  # noqa: BLE001 - userdata raises its own, undocumented classes
+            box[0] = None
+
+    # userdata blocks for ever while its permission dialogue is open or when run headless.
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_COLAB_WAIT_S)
+    return box[0]
+
+
+def secret_values() -> list[str]:
+    """Values that must never be shown: keys used so far, and variables whose name speaks of a secret."""
+    values = {v for n, v in os.environ.items() if _SECRET_NAME.search(n) and not v.startswith(("/", "file:"))}
+    return sorted((v for v in values | _used if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """`text` with every known key, and everything that looks like one, replaced by `[redacted]`."""
+    for value in secret_values():
+        if value in text:
+            text = text.replace(value, REDACTED)
+    return _SECRET_SHAPES.sub(REDACTED, text)
