@@ -33,8 +33,8 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 	@echo "  single steps of make test: $(addprefix make step-,$(STEPS))"
 
-run: $(VENV)/.installed-run  ## hosted against local, end to end; results in runs/latest
-	env -u MPLBACKEND OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/dsr1kit run 30_hosted_vs_local --out runs/latest
+run: $(VENV)/.installed-run  ## hosted against local, end to end; results in a new folder under runs/
+	env -u MPLBACKEND OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/dsr1kit run 30_hosted_vs_local --out runs/$(shell date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed-test  ## lint, types, unit tests, all notebooks two ways, the wheel
 	@for step in $(STEPS); do \

@@ -47,7 +47,12 @@ HEAD = (
 TOKEN = _event(_chunk({"content": "token "}))
 LAST = (
     _event(_chunk({}, "stop"))
-    + _event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": TOKENS, "total_tokens": TOKENS + 9}})
+    + _event(
+        {
+            "choices": [],
+            "usage": {"prompt_tokens": 9, "completion_tokens": TOKENS, "total_tokens": TOKENS + 9},
+        }
+    )
     + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 )
 
@@ -67,7 +72,9 @@ class ScriptedServer(asyncio.Protocol):
         now = time.monotonic()
         self.buffer += data
         head, _, rest = self.buffer.partition(b"\r\n\r\n")
-        length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length")), 0)
+        length = next(
+            (int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length")), 0
+        )
         if len(rest) < length:
             return
         self.buffer = b""
@@ -140,7 +147,12 @@ async def with_aiohttp(url: str, streams: int) -> Measured:
     import aiohttp
 
     out = Measured()
-    body = {"model": "scripted", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": "scripted",
+        "messages": MESSAGES,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def stream() -> None:
@@ -198,7 +210,10 @@ async def main(streams: list[int], repeat: int) -> None:
         cpu_peer = statistics.median(m.cpu_ms for m in runs["aiohttp"])
         for name, measured_runs in runs.items():
             first = statistics.median(statistics.fmean(m.first_ms) for m in measured_runs) - FIRST_MS
-            p99 = statistics.median(sorted(m.first_ms)[int(len(m.first_ms) * 0.99) - 1] for m in measured_runs) - FIRST_MS
+            p99 = (
+                statistics.median(sorted(m.first_ms)[int(len(m.first_ms) * 0.99) - 1] for m in measured_runs)
+                - FIRST_MS
+            )
             late = statistics.median(m.server_late_ms for m in measured_runs)
             gap = statistics.median(statistics.fmean(m.gap_ms) for m in measured_runs) / GAP_MS - 1
             cpu = statistics.median(m.cpu_ms for m in measured_runs)
@@ -208,7 +223,9 @@ async def main(streams: list[int], repeat: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", default="1,16,64,256", help="numbers of streams, separated by commas")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each client at each number of streams")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ from typing import Any
 
 _PACKAGES = (
     "dsr1kit", "aiohttp", "httptools", "torch", "transformers", "tokenizers", "bitsandbytes", "accelerate", "peft",
-    "trl", "datasets", "numpy", "scipy", "pandas", "papermill", "nbclient",
+    "trl", "datasets", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbclient", "ipykernel",
 )  # fmt: skip
 
 

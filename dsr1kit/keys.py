@@ -54,7 +54,7 @@ def _colab_secret(name: str) -> str | None:
             from google.colab import userdata
 
             box[0] = userdata.get(name)
-        except BaseException:  # noqa: BLE001 - userdata raises its own, undocumented classes
+        except BaseException:
             box[0] = None
 
     # userdata blocks for ever while its permission dialogue is open or when run headless.

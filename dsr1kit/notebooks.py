@@ -48,6 +48,7 @@ __all__ = [
     "list_parameters",
     "notebook_settings",
     "publish",
+    "run_folder",
     "run_notebook",
 ]
 
@@ -59,11 +60,6 @@ Status = Literal["ok", "failed", "timeout"]
 _MAX_RESULTS_BYTES = 65_536
 _SECRET_PARAMETER = re.compile(r"(?:^|_)(?:api_?key|token|secret|password|passwd)$", re.IGNORECASE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_VERSIONS_OF = (
-    "dsr1kit", "papermill", "nbclient", "ipykernel", "numpy", "pandas", "scipy", "matplotlib", "aiohttp",
-    "httptools", "torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "trl",
-    "datasets",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,3 +315,13 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def run_folder(out_dir: str, name: str) -> Path:
+    """The folder a notebook writes to: `out_dir`, or, where that is empty, a new one under `runs/`.
+
+    Relative to the working directory, so that it can be shown in a saved notebook.
+    """
+    if out_dir:
+        return Path(out_dir)
+    return Path("runs") / f"{name}-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}"

@@ -99,7 +99,8 @@ class Sampling:
         check("seed", self.seed is None or _is_int(self.seed), "a whole number or None")
         check(
             "max_thinking_tokens",
-            self.max_thinking_tokens is None or (_is_int(self.max_thinking_tokens) and self.max_thinking_tokens >= 1),
+            self.max_thinking_tokens is None
+            or (_is_int(self.max_thinking_tokens) and self.max_thinking_tokens >= 1),
             "a whole number of at least 1, or None",
         )
         check("sample", _is_int(self.sample) and self.sample >= 0, "a whole number of at least 0")

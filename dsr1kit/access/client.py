@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -121,7 +122,8 @@ class ChannelClient:
         except TimeoutError:
             call.close()
             return call.reply(
-                Outcome.DEADLINE, outcomes.detail(Outcome.DEADLINE, f"no whole answer in {self._deadline_s} s")
+                Outcome.DEADLINE,
+                outcomes.detail(Outcome.DEADLINE, f"no whole answer in {self._deadline_s} s"),
             )
         except asyncio.CancelledError:
             call.close()
@@ -310,7 +312,7 @@ class _Call(Exchange):
         try:
             for piece in pieces:
                 self._on_delta(Delta(piece.kind, piece.text, piece.at - self._due))
-        except Exception as error:  # noqa: BLE001 - the caller's own; it belongs to whoever awaits the reply
+        except Exception as error:
             self._stop_timer()
             if not self.done.done():
                 self.done.set_exception(error)
@@ -354,7 +356,9 @@ class _Call(Exchange):
             first_token_s=None if first is None else first - due,
             first_answer_s=None if answer is None else answer - due,
             think_s=None if answer is None or first is None else answer - first,
-            inter_token_s=(last - first) / (tokens - 1) if last and first and tokens > 1 and len(times) > 1 else None,
+            inter_token_s=(last - first) / (tokens - 1)
+            if last and first and tokens > 1 and len(times) > 1
+            else None,
             total_s=(ended if last is None else last) - due,
-            gaps_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+            gaps_s=tuple(b - a for a, b in pairwise(times)),
         )

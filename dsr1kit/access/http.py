@@ -56,7 +56,7 @@ class Exchange:
         """The connection ended before the response was complete."""
 
 
-class StaleConnection(Exception):  # noqa: N818 - a condition that is retried, never shown
+class StaleConnection(Exception):
     """A reused connection ended before the first byte of the response: the server had closed it."""
 
 
@@ -343,7 +343,9 @@ class Pool:
                 connection = await self._open()
         except TimeoutError:
             via = f" through the proxy {self.proxy}" if self._proxy else ""
-            raise OSError(f"no connection to {self._host}:{self._port}{via} within {self._connect_s:g} s") from None
+            raise OSError(
+                f"no connection to {self._host}:{self._port}{via} within {self._connect_s:g} s"
+            ) from None
         return connection, self._loop.time() - started
 
     def release(self, connection: Connection, reusable: bool) -> None:

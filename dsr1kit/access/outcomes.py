@@ -31,14 +31,17 @@ _WORDS: tuple[tuple[Outcome, re.Pattern[str]], ...] = tuple(
 )
 _ERROR_WORDS: tuple[tuple[Outcome, re.Pattern[str]], ...] = (
     (Outcome.THROTTLED, re.compile(r"rate[ _-]?limit|too many requests|quota|throttl|限流", re.IGNORECASE)),
-    (Outcome.UNAUTHORIZED, re.compile(r"api[ _-]?key|unauthori[sz]ed|authentication|forbidden", re.IGNORECASE)),
+    (
+        Outcome.UNAUTHORIZED,
+        re.compile(r"api[ _-]?key|unauthori[sz]ed|authentication|forbidden", re.IGNORECASE),
+    ),
 )
 
 _ADVICE = {
     Outcome.TRUNCATED: "stopped by the token limit; raise max_tokens or the channel's max_output",
     Outcome.FILTERED: "stopped by the provider's content filter; rephrase, or use another channel",
     Outcome.THROTTLED: "too many requests for this account; slow down, lower max_in_flight, or add a channel",
-    Outcome.OVERLOADED: "the provider is overloaded (the famous \"server busy\"); use another channel or wait",
+    Outcome.OVERLOADED: 'the provider is overloaded (the famous "server busy"); use another channel or wait',
     Outcome.QUEUED: "accepted but kept in a queue; use another channel or raise the first-token limit",
     Outcome.STALLED: "the stream fell silent; use another channel or raise the limits",
     Outcome.CUT: "the stream ended early; ask again or use another channel",
@@ -93,7 +96,7 @@ def _of_status(status: int, words: str, headers: dict[str, str]) -> Outcome:
         return Outcome.NO_BALANCE
     if status == 410:
         return Outcome.RETIRED
-    if 400 <= status:
+    if status >= 400:
         said = _by_words(words, _WORDS)
         if status in (401, 403):
             return Outcome.NO_BALANCE if said is Outcome.NO_BALANCE else Outcome.UNAUTHORIZED
@@ -123,7 +126,12 @@ def _message(value: Any) -> str:
         if not isinstance(value, dict):
             break
         value = next(
-            (value[k] for k in ("error", "message", "msg", "detail", "error_msg", "code", "type") if value.get(k)), ""
+            (
+                value[k]
+                for k in ("error", "message", "msg", "detail", "error_msg", "code", "type")
+                if value.get(k)
+            ),
+            "",
         )
     return _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 

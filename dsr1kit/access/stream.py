@@ -29,7 +29,10 @@ class CompletionReader:
     """
 
     def __init__(
-        self, mode: ReasoningMode, now: Callable[[], float], on_pieces: Callable[[list[Piece]], None] | None = None
+        self,
+        mode: ReasoningMode,
+        now: Callable[[], float],
+        on_pieces: Callable[[list[Piece]], None] | None = None,
     ) -> None:
         self.splitter = ThinkSplitter(mode)
         self._mode = mode
@@ -147,7 +150,9 @@ class CompletionReader:
 
     def _chunk(self, event: Any, at: float) -> None:
         if not isinstance(event, dict):
-            self._set_fault(Outcome.NOT_AN_ANSWER, f"the stream holds {type(event).__name__} instead of an object")
+            self._set_fault(
+                Outcome.NOT_AN_ANSWER, f"the stream holds {type(event).__name__} instead of an object"
+            )
             return
         if event.get("error") or self._event == "error":
             self._set_fault(*outcomes.from_error_event(event.get("error") or event), told=True)
@@ -253,7 +258,9 @@ class CompletionReader:
         if self.chunks:
             where = "inside the answer" if self.splitter.answer.strip() else "inside the reasoning"
         waited = f" after {self.keep_alives} keep-alives" if self.keep_alives and not self.chunks else ""
-        return _told(Outcome.CUT, f"{broken or 'the stream ended without finish_reason or [DONE]'}, {where}{waited}")
+        return _told(
+            Outcome.CUT, f"{broken or 'the stream ended without finish_reason or [DONE]'}, {where}{waited}"
+        )
 
     def usage(self, prompt: str) -> Usage:
         """Token counts: the provider's where it sent them, otherwise estimated from the text's length."""

@@ -1,0 +1,1 @@
+"""Hosted against local: tasks, runs, statistics, report."""

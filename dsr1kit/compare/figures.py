@@ -66,7 +66,10 @@ def accuracy_against_latency(summary: Mapping[str, Any]) -> Figure:
             latency["value"],
             accuracy["value"] * 100,
             xerr=[[latency["value"] - latency["low"]], [latency["high"] - latency["value"]]],
-            yerr=[[(accuracy["value"] - accuracy["low"]) * 100], [(accuracy["high"] - accuracy["value"]) * 100]],
+            yerr=[
+                [(accuracy["value"] - accuracy["low"]) * 100],
+                [(accuracy["high"] - accuracy["value"]) * 100],
+            ],
             fmt=_MARKERS[number % len(_MARKERS)],
             color=colour,
             markersize=9,

@@ -37,7 +37,9 @@ class Journal:
         UsageError: the folder cannot be written, is in use, or holds another run (says what differs).
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder = folder
         self.records_path = folder / "records.jsonl"
         self.run_path = folder / "run.json"
@@ -137,7 +139,9 @@ class Journal:
                 run = json.loads(self.run_path.read_text(encoding="utf-8"))
                 identity, self.run_id = run["identity"], run["run"]
             except (OSError, ValueError, KeyError, TypeError):
-                raise UsageError(f"{self.run_path} is not a run of this kit; choose another folder with --out") from None
+                raise UsageError(
+                    f"{self.run_path} is not a run of this kit; choose another folder with --out"
+                ) from None
             differing = _differences(identity, self._identity)
             if differing:
                 raise UsageError(
@@ -148,7 +152,9 @@ class Journal:
         else:
             assert self._file is not None  # noqa: S101 - opened just before
             if self._file.seek(0, os.SEEK_END) > 0:
-                raise UsageError(f"{self.folder} holds records but no run.json; choose another folder with --out")
+                raise UsageError(
+                    f"{self.folder} holds records but no run.json; choose another folder with --out"
+                )
             self.run_id = f"{now[:10]}-{secrets.token_hex(4)}"
             run = {"run": self.run_id, "identity": self._identity, **self._about, "starts": [now]}
         draft = self.run_path.with_suffix(".tmp")
@@ -168,7 +174,9 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 rest = self._file.read()
                 if rest.strip():
-                    raise UsageError(f"{self.records_path}, line {number}: not a record of this kit") from None
+                    raise UsageError(
+                        f"{self.records_path}, line {number}: not a record of this kit"
+                    ) from None
                 self.repaired_bytes = len(line) + len(rest)
                 break
             good += len(line)

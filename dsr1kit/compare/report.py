@@ -69,7 +69,13 @@ def disagreements(records: Sequence[Record], labels: Mapping[str, str]) -> list[
                 for name in labels
                 if any(r["channel"] == name for r in rs)
             ]
-            out.append({"question": rs[0].get("question", rs[0]["item"]), "gold": rs[0].get("gold"), "replies": replies})
+            out.append(
+                {
+                    "question": rs[0].get("question", rs[0]["item"]),
+                    "gold": rs[0].get("gold"),
+                    "replies": replies,
+                }
+            )
     return out
 
 
@@ -95,8 +101,9 @@ def _points(interval: Mapping[str, float]) -> str:
     return f"{interval['value'] * 100:+.1f} ({interval['low'] * 100:+.1f} to {interval['high'] * 100:+.1f})"
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
+def _seconds(value: Any) -> str:
+    # A percentile of a channel that never answered is jinja's undefined.
+    if not isinstance(value, float):
         return "–"
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
 

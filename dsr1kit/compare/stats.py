@@ -30,9 +30,9 @@ def clustered_share(outcomes: Mapping[str, Sequence[bool]]) -> Interval | None:
     Args:
         outcomes: for each item, success or not of each of its samples.
 
-    The effective size is p(1-p) / SE^2 with the standard error between items, but never below the number
-    of items' worth of information that full correlation would leave nor above the number of samples. With
-    one sample an item this is Wilson's interval itself. None where there is nothing to count.
+    The effective size is p(1-p) / SE^2, SE being the standard error between items; it lies between the
+    number of items (samples of an item all alike) and the number of samples (all independent). With one
+    sample an item this is Wilson's interval itself. None where there is nothing to count.
     """
     means = np.array([np.mean(samples) for samples in outcomes.values() if len(samples)], dtype=float)
     if means.size == 0:
@@ -50,7 +50,8 @@ def clustered_share(outcomes: Mapping[str, Sequence[bool]]) -> Interval | None:
 def _wilson(p: float, n: float) -> tuple[float, float]:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 rounding may leave the bound a hair inside the estimate.
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 class PairedDifference(NamedTuple):
@@ -68,7 +69,9 @@ class PairedDifference(NamedTuple):
     items_to_settle: int | None
 
 
-def paired_difference(a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]) -> PairedDifference | None:
+def paired_difference(
+    a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]
+) -> PairedDifference | None:
     """The mean difference over shared items, with the adjusted Wald interval of Bonett and Price (2012).
 
     One item each way is added before the usual interval is taken, which keeps its coverage when few items

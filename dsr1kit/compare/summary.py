@@ -43,7 +43,9 @@ def judged(records: Iterable[Record], *, truncated: bool = True) -> dict[str, li
 def timed(records: Iterable[Record], name: str) -> list[float]:
     """The values of one timing field that may enter a latency figure."""
     return [
-        r[name] for r in records if r["outcome"] in _ANSWERED and not r["from_cache"] and r.get(name) is not None
+        r[name]
+        for r in records
+        if r["outcome"] in _ANSWERED and not r["from_cache"] and r.get(name) is not None
     ]
 
 
@@ -154,7 +156,8 @@ def _speed(channels: Mapping[str, Any]) -> str:
         return "no answer arrived."
     order = sorted(medians, key=lambda n: medians[n])
     told = [
-        f"{name_of(n, channels[n])} {medians[n]:.2f} s (p95 {channels[n]['first_answer_s']['p95']:.2f} s)" for n in order
+        f"{name_of(n, channels[n])} {medians[n]:.2f} s (p95 {channels[n]['first_answer_s']['p95']:.2f} s)"
+        for n in order
     ]
     return "first answer after (median) " + ", ".join(told) + "."
 

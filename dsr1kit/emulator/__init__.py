@@ -1,0 +1,1 @@
+"""A busy provider of our own, on loopback."""

@@ -69,7 +69,9 @@ class EmulatedChannel:
             self.channel = self._channel(json.loads(line)["url"])
         except (TimeoutError, ValueError, KeyError):
             told = await self._stop()
-            raise RunError(f"the emulator for {self.weather.path} did not start: {told or 'no word from it'}") from None
+            raise RunError(
+                f"the emulator for {self.weather.path} did not start: {told or 'no word from it'}"
+            ) from None
         except asyncio.CancelledError:
             await self._stop()
             raise
@@ -114,7 +116,9 @@ class EmulatedChannel:
         return await self._client.ask(messages, sampling, on_delta=on_delta, due=due)
 
     async def prepare(
-        self, questions: Sequence[tuple[Sequence[Message], Sampling]], on_done: Callable[[int], None] | None = None
+        self,
+        questions: Sequence[tuple[Sequence[Message], Sampling]],
+        on_done: Callable[[int], None] | None = None,
     ) -> None:
         """Have the emulator's model answer the questions now, so that its computing is in no latency.
 

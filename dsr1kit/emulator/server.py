@@ -39,7 +39,9 @@ _STATUS = {
     "retired": (410, "This model has been retired"),
     "bad_request": (400, "Invalid request: the parameters were not accepted"),
 }
-_HTML = "<!DOCTYPE html><html><head><title>Service temporarily unavailable</title></head><body>busy</body></html>"
+_HTML = (
+    "<!DOCTYPE html><html><head><title>Service temporarily unavailable</title></head><body>busy</body></html>"
+)
 
 
 class Generator(Protocol):
@@ -66,7 +68,10 @@ class _Answer:
         if count >= len(self.reasoning) + len(self.answer):
             return self
         return _Answer(
-            self.reasoning[:count], self.answer[: max(0, count - len(self.reasoning))], self.prompt_tokens, "length"
+            self.reasoning[:count],
+            self.answer[: max(0, count - len(self.reasoning))],
+            self.prompt_tokens,
+            "length",
         )
 
 
@@ -143,12 +148,15 @@ class Emulator:
             self._prepared[key] = _spoken(reply)
 
     def _sampling(self, body: dict[str, Any], key: str) -> Sampling:
-        wanted = body.get("temperature", 0.6) if self.weather.temperature is None else self.weather.temperature
+        wanted = (
+            body.get("temperature", 0.6) if self.weather.temperature is None else self.weather.temperature
+        )
         return Sampling(
             temperature=float(wanted),
             top_p=float(body.get("top_p", 0.95)),
             max_tokens=int(body.get("max_tokens") or 32768),
-            seed=int.from_bytes(hashlib.sha256(f"{self.weather.seed}/{key}".encode()).digest()[:4], "big") >> 1,
+            seed=int.from_bytes(hashlib.sha256(f"{self.weather.seed}/{key}".encode()).digest()[:4], "big")
+            >> 1,
         )
 
     # HTTP.
@@ -270,10 +278,16 @@ class _Stream:
     async def _wait(self, response: web.StreamResponse, until: float, how: str) -> None:
         while how != "none" and time.monotonic() + self._weather.keep_alive_s < until:
             await asyncio.sleep(self._weather.keep_alive_s)
-            await (self._line(response, ": keep-alive") if how == "comment" else response.write(self._end.encode()))
+            await (
+                self._line(response, ": keep-alive")
+                if how == "comment"
+                else response.write(self._end.encode())
+            )
         await _until(until)
 
-    async def _tokens(self, response: web.StreamResponse, tokens: Sequence[tuple[str, str]], first: bool) -> None:
+    async def _tokens(
+        self, response: web.StreamResponse, tokens: Sequence[tuple[str, str]], first: bool
+    ) -> None:
         thought = "".join(t for kind, t in tokens if kind == "reasoning")
         said = "".join(t for kind, t in tokens if kind == "answer")
         kind = self._weather.reasoning
@@ -291,7 +305,9 @@ class _Stream:
 
     _closed = False
 
-    async def _chunk(self, response: web.StreamResponse, delta: dict[str, str], finish: str | None = None) -> None:
+    async def _chunk(
+        self, response: web.StreamResponse, delta: dict[str, str], finish: str | None = None
+    ) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         await self._event(response, self._envelope | {"choices": [choice]})
 
@@ -324,7 +340,12 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 
 def _envelope(weather: Weather, kind: str) -> dict[str, Any]:
-    return {"id": "chatcmpl-emulated", "object": kind, "created": int(time.time()), "model": weather.served_model}
+    return {
+        "id": "chatcmpl-emulated",
+        "object": kind,
+        "created": int(time.time()),
+        "model": weather.served_model,
+    }
 
 
 def _usage(answer: _Answer) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Make your own: training from scratch and tuning."""

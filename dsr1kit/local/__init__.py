@@ -1,0 +1,1 @@
+"""Run R1, its distills and tiny-r1 in this process."""

@@ -40,7 +40,7 @@ class SeededDraw(LogitsProcessor):
 
     def __call__(
         self,
-        input_ids: torch.Tensor,  # noqa: ARG002  # the interface of transformers
+        input_ids: torch.Tensor,  # the interface of transformers
         scores: torch.Tensor,
     ) -> torch.Tensor:
         """Return scores [B, V] in which sampled rows keep a single finite entry."""
@@ -105,7 +105,7 @@ class StopWhen(StoppingCriteria):
     def __call__(
         self,
         input_ids: torch.Tensor,
-        scores: torch.Tensor,  # noqa: ARG002  # the interface of transformers
+        scores: torch.Tensor,  # the interface of transformers
         **_: Any,
     ) -> torch.Tensor:
         """Return which rows [B] are done."""

@@ -220,7 +220,7 @@ def quiet(*, python_warnings: bool = True) -> Iterator[None]:
     """Keep progress bars, advice and bitsandbytes' message at every int8 product off stderr.
 
     Args:
-        python_warnings: also silence the `warnings` module, whose filters all threads share: for loading only.
+        python_warnings: also silence the `warnings` module; all threads share its filters: for loading only.
     """
     from transformers.utils import logging as transformers_logging
 

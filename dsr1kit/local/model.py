@@ -155,7 +155,8 @@ class LocalModel:
         timing = timing_of(text, due, started[0], loop.time())
         if stop.is_set():  # closed meanwhile; a cancelled caller never gets here
             detail = f"{self.name} was closed before the answer was whole; keep it open while it is asked"
-            return replace(base, outcome=Outcome.CANCELLED, detail=detail, timing=timing)
+            base = replace(judged(base, text, len(prompt), limit, sampling), timing=timing)
+            return replace(base, outcome=Outcome.CANCELLED, detail=detail)
         return replace(judged(base, text, len(prompt), limit, sampling), timing=timing)
 
     async def generate_many(

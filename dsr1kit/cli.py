@@ -1,0 +1,402 @@
+"""The command line. Exit 0: well; 1: it ran and the answer is bad; 2: usage. Data on stdout, talk on stderr.
+
+Each command parses, calls one function of the package and prints; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from dsr1kit.errors import Dsr1kitError, UsageError
+from dsr1kit.keys import redact
+
+if TYPE_CHECKING:
+    from dsr1kit.records import Delta, Reply
+
+app = typer.Typer(
+    name="dsr1kit",
+    help="Which way to DeepSeek R1 works for you: reach it, run it, compare hosted against local.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ChannelFile = Annotated[
+    Path | None, typer.Option("--channel-file", help="Your own channels (TOML); default: $DSR1KIT_CHANNELS.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns the kit's errors into a message and an exit code."""
+    try:
+        app(args=_pairs_joined(sys.argv[1:]))
+    except UsageError as error:
+        _fail(str(error), 2)
+    except Dsr1kitError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped; what was finished is kept", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has left; the interpreter must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _pairs_joined(arguments: list[str]) -> list[str]:
+    """`-p NAME VALUE` as `-p NAME=VALUE`: typer has no option of two values that may be repeated."""
+    out: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        out.append(argument)
+        if argument in ("-p", "--parameter") and arguments[0] == "run":
+            name = next(rest, None)
+            if name is None:
+                break
+            value = next(rest, None) if name.isidentifier() else None
+            out.append(name if value is None else f"{name}={value}")
+    return out
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"dsr1kit: {redact(message)}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+def _print_json(value: object) -> None:
+    print(redact(json.dumps(value, ensure_ascii=False, default=str)))
+
+
+@app.command()
+def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
+    """List the catalogue: status, price, key present, retirement."""
+    from rich.table import Table
+
+    from dsr1kit.access.channels import load_channels
+
+    rows = []
+    for c in load_channels(channel_file).values():
+        key = c.key_present()
+        retired = c.retired_on()
+        status = f"retired {retired}" if retired else f"needs {c.api_key_env}" if key is False else "ready"
+        rows.append(
+            {
+                "name": c.name, "title": c.title, "status": status, "model": c.model, "family": c.family,
+                "region": c.region, "context": c.context, "max_output": c.max_output,
+                "price": None if c.price is None else {
+                    "input": c.price.input, "output": c.price.output, "currency": c.price.currency,
+                    "as_of": c.price.as_of,
+                },
+                "tariff": c.tariff or None, "api_key_env": c.api_key_env or None, "key_present": key,
+                "retires": c.retires, "source": c.source, "as_of": c.as_of,
+            }
+        )  # fmt: skip
+    if as_json:
+        _print_json({"channels": rows})
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("channel", "status", "in/out per 1M", "retires", "model"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=1 if title == "model" else None)
+    for row in rows:
+        price = row["price"]
+        cost = f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
+        table.add_row(str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"]))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    channel: Annotated[str | None, typer.Option(help="A channel's name, or emulated:WEATHER.")] = None,
+    local: Annotated[
+        str | None, typer.Option(help="A model to run here: tiny-r1, a folder, a hub id, a GGUF.")
+    ] = None,
+    channel_file: ChannelFile = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="Cap on reasoning and answer together.")] = 32768,
+    max_thinking_tokens: Annotated[
+        int | None, typer.Option(help="Close the thinking after so many tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeatable draws, where honoured.")] = None,
+    quantization: Annotated[str, typer.Option(help="none, 8bit or 4bit, with --local.")] = "none",
+    first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 120.0,
+    stall_s: Annotated[float, typer.Option(help="Longest silence between tokens, seconds.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question; shows the thinking dimmed, then the answer, then the timing (on stderr)."""
+    from dsr1kit.access.channels import load_channels
+    from dsr1kit.backends import open_backend
+    from dsr1kit.records import Sampling
+
+    if channel and local:
+        raise UsageError("give --channel or --local, not both")
+    name = channel or f"local:{local or 'tiny-r1'}"
+    sampling = Sampling(temperature, top_p, max_tokens, seed, max_thinking_tokens)
+    backend = open_backend(
+        name,
+        load_channels(channel_file),
+        first_token_s=first_token_s,
+        stall_s=stall_s,
+        quantization=quantization,
+    )
+    out = Console(highlight=False, soft_wrap=True)
+    kind = ""
+
+    def show(delta: Delta) -> None:
+        nonlocal kind
+        text = delta.text
+        if delta.kind != kind:
+            out.print("\n\n" if kind else "", end="")
+            kind, text = delta.kind, text.lstrip("\n")
+        out.print(text, style="dim italic" if kind == "reasoning" else None, markup=False, end="")
+
+    async def work() -> Reply:
+        async with backend as r1:
+            return await r1.ask(
+                [{"role": "user", "content": question}], sampling, on_delta=None if as_json else show
+            )
+
+    reply: Reply = _run(work())
+    if as_json:
+        _print_json(reply_json(reply))
+    else:
+        out.print()
+        _err.print(_timing_line(reply), style="dim")
+    if reply.outcome not in ("ok", "truncated"):
+        raise SystemExit(_said(f"{reply.outcome.value}: {reply.detail}"))
+    if reply.outcome == "truncated" and not as_json:
+        _err.print(f"dsr1kit: {reply.detail}")
+
+
+def reply_json(reply: Reply) -> dict[str, Any]:
+    """A reply as one JSON object."""
+    timing, usage = reply.timing, reply.usage
+    return {
+        "outcome": reply.outcome.value, "detail": reply.detail, "channel": reply.channel,
+        "reasoning": reply.reasoning, "answer": reply.answer, "finish_reason": reply.finish_reason,
+        "model_requested": reply.model_requested, "model_served": reply.model_served,
+        "timing": {
+            name: getattr(timing, name)
+            for name in ("queue_s", "connect_s", "connection_reused", "first_token_s", "first_answer_s", "think_s",
+                         "inter_token_s", "total_s")
+        },
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens, "reasoning_tokens": usage.reasoning_tokens,
+            "answer_tokens": usage.answer_tokens, "token_count_source": usage.source,
+            "token_split_source": usage.split_source,
+        },
+        "emulated": reply.emulated,
+    }  # fmt: skip
+
+
+def _timing_line(reply: Reply) -> str:
+    t, u = reply.timing, reply.usage
+    parts = [
+        reply.channel
+        + (" (emulated)" if reply.emulated and not reply.channel.startswith("emulated:") else "")
+    ]
+    for label, value in (
+        ("first token", t.first_token_s),
+        ("first answer", t.first_answer_s),
+        ("whole", t.total_s),
+    ):
+        if value is not None:
+            parts.append(f"{label} {value:.2f} s")
+    if t.inter_token_s:
+        parts.append(f"{1 / t.inter_token_s:.0f} tokens/s")
+    if u.completion_tokens:
+        about = "about " if u.source == "estimated" else ""
+        parts.append(f"{about}{u.reasoning_tokens} thinking + {u.answer_tokens} answer tokens")
+    return " · ".join(parts)
+
+
+def _said(message: str) -> int:
+    print(f"dsr1kit: {redact(message)}", file=sys.stderr)
+    return 1
+
+
+@app.command()
+def emulate(
+    weather: Annotated[
+        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, scripted.")
+    ],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 0,
+    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
+) -> None:
+    """Serve an emulated provider on loopback; the first line of output is {"url": ...}."""
+    from dsr1kit.emulator.server import Emulator
+    from dsr1kit.emulator.weather import load_weather
+
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port must be from 0 to 65535, not {port}")
+    emulator = Emulator(load_weather(weather))
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        import signal
+
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, stop.set)
+        if with_parent:
+            # Its end closes this pipe, however it ends; an emulator must not outlive who started it.
+            loop.add_reader(sys.stdin.fileno(), lambda: None if sys.stdin.buffer.raw.read(64) else stop.set())  # type: ignore[attr-defined]  # raw is there for pipes
+        async with emulator.listen(port) as url:
+            print(json.dumps({"url": url}), flush=True)
+            await stop.wait()
+
+    _run(work())
+
+
+@app.command()
+def compare(
+    channel_names: Annotated[
+        str, typer.Option("--channels", help="Names, emulated:FILE and local:MODEL, separated by commas.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command again continues it.")],
+    task: Annotated[str, typer.Option(help="arithmetic, or arithmetic:KIND.")] = "arithmetic",
+    items: Annotated[int, typer.Option(help="Questions.")] = 50,
+    samples: Annotated[int, typer.Option(help="Independent draws of each question.")] = 1,
+    concurrency: Annotated[int, typer.Option(help="Hosted requests in flight, all channels together.")] = 4,
+    rate: Annotated[float | None, typer.Option(help="Requests a second at random moments instead.")] = None,
+    seed: Annotated[int, typer.Option(help="Of items, order, arrivals and draws.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="Cap on reasoning and answer together.")] = 32768,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Stop asking when this much is spent in one currency.")
+    ] = None,
+    first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 120.0,
+    stall_s: Annotated[float, typer.Option(help="Longest silence between tokens, seconds.")] = 60.0,
+    deadline_s: Annotated[
+        float | None, typer.Option(help="Longest time for a whole answer, seconds.")
+    ] = None,
+    channel_file: ChannelFile = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask failed requests again.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask several channels the same questions and report quality, latency and cost."""
+    from dsr1kit.compare.runner import RunSettings, run_comparison
+    from dsr1kit.progress import terminal_progress
+    from dsr1kit.records import Sampling
+
+    settings = RunSettings(
+        channels=tuple(name.strip() for name in channel_names.split(",") if name.strip()),
+        task=task, items=items, samples=samples, concurrency=concurrency, rate=rate, seed=seed,
+        sampling=Sampling(temperature, top_p, max_tokens), max_cost=max_cost, first_token_s=first_token_s,
+        stall_s=stall_s, deadline_s=deadline_s,
+    )  # fmt: skip
+    try:
+        with terminal_progress(quiet=quiet) as tell:
+            done = _run(
+                run_comparison(
+                    settings, out, channel_file=channel_file, retry_failed=retry_failed, on_progress=tell
+                )
+            )
+    except KeyboardInterrupt:
+        _fail(f"stopped; the same command continues the run in {out}", 130)
+    except ExceptionGroup as group:
+        raise _first_of(group) from None
+    paths = {"records": str(done.records), "summary": str(done.summary_path), "report": str(done.report)}
+    if as_json:
+        _print_json({"paths": paths, **done.summary})
+    else:
+        _print_paths(paths, done.summary["verdict"])
+    dead = [n for n, c in done.summary["channels"].items() if c["accuracy"] is None and c["n"]]
+    if dead:
+        _explain(dead, done.summary, done.records)
+        raise SystemExit(1)
+
+
+def _first_of(group: ExceptionGroup[Any]) -> Exception:
+    error = group.exceptions[0]
+    return _first_of(error) if isinstance(error, ExceptionGroup) else error
+
+
+def _explain(dead: Sequence[str], summary: dict[str, Any], records: Path) -> None:
+    from dsr1kit.compare.journal import read_records
+
+    rows = read_records(records)
+    for name in dead:
+        first = next(r for r in rows if r["channel"] == name)
+        count = summary["channels"][name]["n"]
+        print(f"dsr1kit: none of {count} requests to {name} gave an answer to judge; {first['outcome']}: "
+              f"{first['detail']}", file=sys.stderr)  # fmt: skip
+
+
+def _print_paths(paths: dict[str, str], verdict: Sequence[str]) -> None:
+    for name, path in paths.items():
+        print(f"{name + ':':<10}{path}")
+    print()
+    for line in verdict:
+        print(line)
+
+
+@app.command()
+def run(
+    notebook: Annotated[str, typer.Argument(help="A path, or the name of a shipped notebook.")],
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="May be repeated.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the executed copy and of what the notebook writes.")
+    ] = Path("runs"),
+    cell_timeout_s: Annotated[float | None, typer.Option(help="Limit for a cell, seconds.")] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Limit for the whole, seconds.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not tell which cell runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Execute a notebook headless, with checked parameters, into --out."""
+    from dsr1kit.notebooks import run_notebook
+
+    def tell(number: int, count: int, first_line: str) -> None:
+        _err.print(f"cell {number}/{count}  {first_line:.70}", style="dim", markup=False)
+
+    given: dict[str, str] = {}
+    for pair in parameter or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"-p takes a name and a value: -p NAME VALUE, not -p {pair}")
+        if name in given:
+            raise UsageError(f"parameter {name!r} is given twice")
+        given[name] = value
+    done = run_notebook(
+        notebook, given, out_dir=out, cell_timeout_s=cell_timeout_s, total_timeout_s=timeout_s,
+        on_progress=None if quiet else tell,
+    )  # fmt: skip
+    results = dict(done.results)
+    if as_json:
+        _print_json(
+            {"status": done.status, "executed": str(done.executed), "sidecar": str(done.sidecar),
+             "seconds": done.seconds, "error": done.error, "results": results}
+        )  # fmt: skip
+    elif done.status == "ok":
+        verdict = results.pop("verdict", [])
+        shown = {k: str(v) for k, v in results.items() if isinstance(v, str | int | float)}
+        _print_paths({"executed": str(done.executed), **shown}, verdict)
+    done.raise_for_status()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    print(installed("dsr1kit"))
