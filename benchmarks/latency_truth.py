@@ -100,8 +100,9 @@ class ScriptedServer(asyncio.Protocol):
                 connection.transport.write(TOKEN if sent < TOKENS - 1 else TOKEN + LAST)
                 if sent < TOKENS - 1:
                     heapq.heappush(cls.heap, (due + GAP_MS / 1e3, number, sent + 1, connection))
-            wait = cls.heap[0][0] - time.monotonic() if cls.heap else 0.002
-            await asyncio.sleep(min(0.002, max(0.0, wait)))
+            # The selector sleeps in whole milliseconds: near a due write the loop is polled instead.
+            wait = cls.heap[0][0] - time.monotonic() if cls.heap else 0.005
+            await asyncio.sleep(0.0 if wait < 0.002 else min(0.005, wait - 0.0015))
 
 
 def serve(port_box: multiprocessing.connection.Connection) -> None:

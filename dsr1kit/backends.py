@@ -28,7 +28,7 @@ def open_backend(
 
     Args:
         name: a channel of the catalogue, `emulated:FILE` (or the name of a shipped weather), or
-            `local:MODEL` (`tiny-r1`, a folder, a hub id, a GGUF file; `local:MODEL@4bit` or `@8bit` quantized).
+            `local:MODEL` (`tiny-r1`, a folder, a hub id, a GGUF file; `@4bit` or `@8bit` after it quantizes).
         channels: the catalogue; None: the shipped one and the person's own.
         first_token_s, stall_s, deadline_s: limits in seconds, for hosted and emulated channels.
         quantization: for `local:` names that say none themselves.

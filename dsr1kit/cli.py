@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def main() -> None:
     """Entry point: runs the command and turns the kit's errors into a message and an exit code."""
+    # Read when torch is loaded: threads that wait without spinning, since cores are usually shared here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=_pairs_joined(sys.argv[1:]))
     except UsageError as error:
@@ -79,7 +82,10 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _print_json(value: object) -> None:
-    print(redact(json.dumps(value, ensure_ascii=False, default=str)))
+    from dsr1kit.compare.journal import redacted
+
+    plain = json.loads(json.dumps(value, default=str))
+    print(json.dumps(redacted(plain), ensure_ascii=False))
 
 
 @app.command()
@@ -114,8 +120,12 @@ def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
         table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=1 if title == "model" else None)
     for row in rows:
         price = row["price"]
-        cost = f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
-        table.add_row(str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"]))
+        cost = (
+            f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
+        )
+        table.add_row(
+            str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"])
+        )
     Console(highlight=False).print(table)
 
 
@@ -155,33 +165,63 @@ def ask(
         stall_s=stall_s,
         quantization=quantization,
     )
-    out = Console(highlight=False, soft_wrap=True)
-    kind = ""
-
-    def show(delta: Delta) -> None:
-        nonlocal kind
-        text = delta.text
-        if delta.kind != kind:
-            out.print("\n\n" if kind else "", end="")
-            kind, text = delta.kind, text.lstrip("\n")
-        out.print(text, style="dim italic" if kind == "reasoning" else None, markup=False, end="")
+    shown = _Shown()
 
     async def work() -> Reply:
         async with backend as r1:
             return await r1.ask(
-                [{"role": "user", "content": question}], sampling, on_delta=None if as_json else show
+                [{"role": "user", "content": question}], sampling, on_delta=None if as_json else shown.add
             )
 
     reply: Reply = _run(work())
     if as_json:
         _print_json(reply_json(reply))
     else:
-        out.print()
-        _err.print(_timing_line(reply), style="dim")
+        shown.end()
+        _err.print(redact(_timing_line(reply)), style="dim", markup=False, emoji=False)
     if reply.outcome not in ("ok", "truncated"):
         raise SystemExit(_said(f"{reply.outcome.value}: {reply.detail}"))
     if reply.outcome == "truncated" and not as_json:
-        _err.print(f"dsr1kit: {reply.detail}")
+        print(f"dsr1kit: {redact(reply.detail)}", file=sys.stderr)
+
+
+class _Shown:
+    """An answer on stdout as it arrives, thinking dimmed; each word whole, so that no key slips through."""
+
+    _WORD = re.compile(r"(?:[Bb]earer )?[!-~]*\Z")
+
+    def __init__(self) -> None:
+        self._out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._kind = self._held = ""
+        self._begun = False
+
+    def add(self, delta: Delta) -> None:
+        """Show a piece, save the word that it may break."""
+        if delta.kind != self._kind:
+            self._release()
+            if self._begun:
+                self._out.print("\n\n", end="")
+            self._kind, self._begun = delta.kind, False
+        text = self._held + delta.text
+        match = self._WORD.search(text)
+        cut = match.start() if match else len(text)
+        self._held = text[cut:]
+        self._print(text[:cut])
+
+    def end(self) -> None:
+        """Show what was held back, and end the line."""
+        self._release()
+        self._out.print()
+
+    def _release(self) -> None:
+        self._print(self._held)
+        self._held = ""
+
+    def _print(self, text: str) -> None:
+        text = redact(text) if self._begun else redact(text).lstrip("\n")
+        if text:
+            self._begun = True
+            self._out.print(text, style="dim italic" if self._kind == "reasoning" else None, end="")
 
 
 def reply_json(reply: Reply) -> dict[str, Any]:
@@ -193,8 +233,8 @@ def reply_json(reply: Reply) -> dict[str, Any]:
         "model_requested": reply.model_requested, "model_served": reply.model_served,
         "timing": {
             name: getattr(timing, name)
-            for name in ("queue_s", "connect_s", "connection_reused", "first_token_s", "first_answer_s", "think_s",
-                         "inter_token_s", "total_s")
+            for name in ("queue_s", "connect_s", "connection_reused", "first_token_s", "first_answer_s",
+                         "think_s", "inter_token_s", "total_s")
         },
         "usage": {
             "prompt_tokens": usage.prompt_tokens, "reasoning_tokens": usage.reasoning_tokens,
@@ -256,7 +296,7 @@ def emulate(
             loop.add_signal_handler(name, stop.set)
         if with_parent:
             # Its end closes this pipe, however it ends; an emulator must not outlive who started it.
-            loop.add_reader(sys.stdin.fileno(), lambda: None if sys.stdin.buffer.raw.read(64) else stop.set())  # type: ignore[attr-defined]  # raw is there for pipes
+            loop.add_reader(sys.stdin.fileno(), lambda: None if sys.stdin.buffer.raw.read(64) else stop.set())  # type: ignore[union-attr]  # raw is there for pipes
         async with emulator.listen(port) as url:
             print(json.dumps({"url": url}), flush=True)
             await stop.wait()
@@ -312,8 +352,6 @@ def compare(
             )
     except KeyboardInterrupt:
         _fail(f"stopped; the same command continues the run in {out}", 130)
-    except ExceptionGroup as group:
-        raise _first_of(group) from None
     paths = {"records": str(done.records), "summary": str(done.summary_path), "report": str(done.report)}
     if as_json:
         _print_json({"paths": paths, **done.summary})
@@ -323,11 +361,6 @@ def compare(
     if dead:
         _explain(dead, done.summary, done.records)
         raise SystemExit(1)
-
-
-def _first_of(group: ExceptionGroup[Any]) -> Exception:
-    error = group.exceptions[0]
-    return _first_of(error) if isinstance(error, ExceptionGroup) else error
 
 
 def _explain(dead: Sequence[str], summary: dict[str, Any], records: Path) -> None:

@@ -58,6 +58,8 @@ class Table:
         value = self._get(key, default, required)
         if not isinstance(value, str):
             raise self.error(key, f"expected a string, not {_shown(value)}")
+        if required and not value.strip():
+            raise self.error(key, "must not be empty")
         if choices and value not in choices:
             raise self.error(key, f"expected one of {', '.join(choices)}, not {value!r}")
         return value
@@ -83,7 +85,7 @@ class Table:
         value = self._get(key, default, False)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
             raise self.error(key, f"expected a number, not {_shown(value)}")
         if not low <= value <= high:
             wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

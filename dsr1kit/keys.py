@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 
-from dsr1kit.errors import MissingKey
+from dsr1kit.errors import MissingKey, UsageError
 
 REDACTED = "[redacted]"
 _COLAB_WAIT_S = 5.0
@@ -18,11 +18,15 @@ _COLAB_WAIT_S = 5.0
 _SHORTEST_SECRET = 8
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+# A key has digits, capitals or a length that words lack: "Bearer authentication", "hf-internal-testing" stay.
 _SECRET_SHAPES = re.compile(
-    r"(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
-    r"|\b(?:sk|hf|gsk|nvapi|r8|xai|fw|pk|ghp|AKIA)[-_]?[A-Za-z0-9_-]{16,}"
+    r"(?:(?<=Bearer )|(?<=bearer ))(?=\S*[A-Z0-9]|\S{20})[A-Za-z0-9._~+/=-]{8,}"
+    r"|\b(?:sk|hf|gsk|nvapi|r8|xai|fw|pk|ghp)[-_](?=[\w-]*?(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8}|[A-Za-z]{20}))"
+    r"[A-Za-z0-9_-]{16,}"
+    r"|\bAKIA[A-Z0-9]{16}\b"
 )
 _used: set[str] = set()
+_colab_asking: threading.Thread | None = None
 
 
 def find_key(name: str) -> str | None:
@@ -34,19 +38,29 @@ def find_key(name: str) -> str | None:
 
 
 def require_key(name: str, channel: str) -> str:
-    """Like find_key; raises MissingKey, naming the variable and the channel, where there is none."""
+    """Like find_key; raises MissingKey, naming the variable and the channel, where there is none.
+
+    Raises:
+        UsageError: the value cannot be sent in a header (a line break, a typographic quote).
+    """
     value = find_key(name)
     if value is None:
         raise MissingKey(
             f"channel {channel!r} needs an API key and the variable {name} is not set: "
             f"export {name}=... (in Colab: add a secret called {name})"
         )
+    if not (value.isascii() and value.isprintable()):
+        raise UsageError(
+            f"the variable {name} holds a character that no API key has (a line break, a typographic quote): "
+            "copy the key again"
+        )
     return value
 
 
 def _colab_secret(name: str) -> str | None:
-    if "google.colab" not in sys.modules:
-        return None
+    global _colab_asking
+    if "google.colab" not in sys.modules or (_colab_asking is not None and _colab_asking.is_alive()):
+        return None  # its dialogue is still open: a second question would only wait as long again
     box: list[str | None] = [None]
 
     def look() -> None:
@@ -58,9 +72,9 @@ def _colab_secret(name: str) -> str | None:
             box[0] = None
 
     # userdata blocks for ever while its permission dialogue is open or when run headless.
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_COLAB_WAIT_S)
+    _colab_asking = threading.Thread(target=look, daemon=True)
+    _colab_asking.start()
+    _colab_asking.join(_COLAB_WAIT_S)
     return box[0]
 
 

@@ -27,8 +27,8 @@ def terminal_progress(*, quiet: bool = False) -> Iterator[OnProgress | None]:
     )
 
     columns = (
-        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:<24}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     stages: dict[str, int] = {}
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:

@@ -65,7 +65,7 @@ class ThinkSplitter:
         return self._advance()
 
     def finish(self, *, truncated: bool = False) -> list[Piece]:
-        """End of the text; `truncated` tells whether a token limit stopped it. Returns the last pieces."""
+        """End of the text; `truncated`: something stopped it, a limit or a cut. Returns the last pieces."""
         last = self._flush()
         if self._state == "prefilled" and not self._tag_seen and not truncated:
             # Declared inline, ended by itself, and no tag anywhere: the model did not think.
@@ -80,13 +80,13 @@ class ThinkSplitter:
     @property
     def reasoning(self) -> str:
         """The reasoning so far; with inline tags, without the line breaks that hug them."""
-        text = "".join(p.text for p in self._pieces if p.kind == "reasoning")
+        text = self._joined("reasoning")
         return text.strip("\n") if self._tag_seen or self._state == "prefilled" else text
 
     @property
     def answer(self) -> str:
         """The answer so far."""
-        return "".join(p.text for p in self._pieces if p.kind == "answer")
+        return self._joined("answer")
 
     def first_at(self, kind: Kind | None = None) -> float | None:
         """When the first text came; for `answer`, the first that is not white space. None: not yet."""
@@ -94,6 +94,15 @@ class ThinkSplitter:
             if kind is None or (piece.kind == kind and (kind == "reasoning" or not piece.text.isspace())):
                 return piece.at
         return None
+
+    def _joined(self, kind: Kind) -> str:
+        text = "".join(p.text for p in self._pieces if p.kind == kind)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # JSON can hold halves of a character, also in two pieces: join them, replace lone ones.
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return text
 
     def _emit(self, kind: Kind, text: str, at: float) -> Piece:
         piece = Piece(kind, text, at)

@@ -21,6 +21,8 @@ from dsr1kit.records import Outcome, Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=300)
 QUESTION = [{"role": "user", "content": "What is 4827 + 965?"}]
+# Far from what it was taught the model is unsure, so that draws differ.
+VAGUE = [{"role": "user", "content": "Tell me a story about the sea."}]
 
 
 def run(scenario, source="tiny-r1", **options):
@@ -112,11 +114,11 @@ def test_loop_stays_live_while_it_generates():
 def test_seed_repeats_a_draw_and_samples_differ():
     async def scenario(model):
         hot = [Sampling(temperature=1.5, top_p=1.0, seed=7, sample=n, max_tokens=60) for n in (0, 0, 1, 2)]
-        one = [(await model.ask(QUESTION, sampling)).reasoning for sampling in hot]
+        one = [(await model.ask(VAGUE, sampling)).reasoning for sampling in hot]
         # Order and company must not matter: other requests come before, and all at once.
-        await model.ask(QUESTION, Sampling(seed=1, max_tokens=20))
-        many = await asyncio.gather(*(model.ask(QUESTION, sampling) for sampling in reversed(hot)))
-        batch = await model.generate_many([QUESTION] * 4, hot)
+        await model.ask(VAGUE, Sampling(seed=1, max_tokens=20))
+        many = await asyncio.gather(*(model.ask(VAGUE, sampling) for sampling in reversed(hot)))
+        batch = await model.generate_many([VAGUE] * 4, hot)
         return one, [r.reasoning for r in reversed(many)], [r.reasoning for r in batch]
 
     one, many, batch = run(scenario)
@@ -129,7 +131,7 @@ def test_seed_repeats_a_draw_and_samples_differ():
 def test_sampling_without_a_seed_varies():
     async def scenario(model):
         hot = Sampling(temperature=2.0, top_p=1.0, max_tokens=60)
-        return [(await model.ask(QUESTION, hot)).reasoning for _ in range(3)]
+        return [(await model.ask(VAGUE, hot)).reasoning for _ in range(3)]
 
     assert len(set(run(scenario))) > 1
 

@@ -208,7 +208,7 @@ def test_card_is_the_rendering_of_its_data_and_says_what_it_must():
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     assert card == render_card(facts)
     assert "must not be presented as R1" in card
-    for name in ("sampled", "greedy"):
+    for name in ("sampled", "instructed", "greedy"):
         assert {score["kind"] for score in facts[name]} == set(KINDS)
         assert all(score["n"] >= 300 for score in facts[name])
 

@@ -260,6 +260,8 @@ def _check_url(
         raise table.error(key, "holds credentials; put the key into a variable and name it in api_key_env")
     if parts.scheme not in schemes or not parts.hostname or not port_ok:
         raise table.error(key, f"expected a URL that begins with {wanted} and names a host")
+    if not url.isascii() or any(c.isspace() or not c.isprintable() for c in url):
+        raise table.error(key, "must be plain ASCII without spaces (percent-encode; xn-- for other hosts)")
     if parts.fragment:
         raise table.error(key, f"must not have a fragment (#...): {url!r}")
     return url.rstrip("/")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from dsr1kit import keys
 from dsr1kit.access import outcomes
-from dsr1kit.access.http import Connection, Exchange, Pool, StaleConnection
+from dsr1kit.access.http import Connection, Exchange, NotHttp, Pool, StaleConnection
 from dsr1kit.access.limits import Limits
 from dsr1kit.access.stream import CompletionReader
 from dsr1kit.errors import UsageError
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dsr1kit.access.channels import Channel
 
 _MOST_ERROR_BYTES = 256 * 1024
+_AFTER_DONE_S = 0.5  # how long a response may stay open after [DONE] before its connection is given up
 
 
 class ChannelClient:
@@ -114,12 +115,14 @@ class ChannelClient:
             return call.reply(Outcome.RETIRED, outcomes.detail(Outcome.RETIRED, f"retired on {retired}"))
         call.prompt = "\n".join(m["content"] for m in messages)
         try:
-            async with asyncio.timeout_at(None if self._deadline_s is None else due + self._deadline_s):
-                async with self._limits.slot():
-                    reply = await self._exchange(call, self._request(messages, sampling))
-                    self._limits.spent(reply.usage)
-                    return reply
+            limit = asyncio.timeout_at(None if self._deadline_s is None else due + self._deadline_s)
+            async with limit, self._limits.slot():
+                reply = await self._exchange(call, self._request(messages, sampling))
+                self._limits.spent(reply.usage)
+                return reply
         except TimeoutError:
+            if not limit.expired():
+                raise  # the caller's own, out of on_delta
             call.close()
             return call.reply(
                 Outcome.DEADLINE,
@@ -166,7 +169,7 @@ class ChannelClient:
         for fresh in (False, True):
             try:
                 connection, connect_s = await self._pool.acquire(fresh=fresh)
-            except (OSError, ssl.SSLError) as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: a label that no host name can have
                 return call.reply(Outcome.UNREACHABLE, outcomes.detail(Outcome.UNREACHABLE, self._why(error)))
             call.start(connection, connect_s, dispatched)
             connection.send(request, call, self._pool.release)
@@ -177,8 +180,9 @@ class ChannelClient:
 
     def _why(self, error: Exception) -> str:
         where = self.channel.base_urls[0]
-        if isinstance(error, socket.gaierror):
-            return f"the name in {where} cannot be resolved ({error.strerror})"
+        if isinstance(error, socket.gaierror | UnicodeError):
+            why = error.strerror if isinstance(error, OSError) else error
+            return f"the name in {where} cannot be resolved ({why})"
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"the certificate of {where} is not trusted ({error.verify_message})"
         if isinstance(error, ConnectionRefusedError):
@@ -210,6 +214,7 @@ class _Call(Exchange):
         self._reused = False
         self._queue_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._ending = False
 
     def _new_reader(self) -> CompletionReader:
         show = None if self._on_delta is None else self._show
@@ -236,16 +241,22 @@ class _Call(Exchange):
             self._error_body += data
 
     def parse_some(self, until: float) -> bool:
-        return self._reader.parse_some(until)
+        if self.done.done():  # given up, or on_delta raised: nobody reads the rest
+            return False
+        left = self._reader.parse_some(until)
+        if self._reader.done and not self._ending and not self.done.done():
+            self._ending = True
+            self._stop_timer()
+            self._timer = self._loop.call_later(_AFTER_DONE_S, self._complete)
+        return left
 
     def on_end(self, at: float) -> None:
         if self.done.done():
             return
         if self._status == 200:
-            outcome, detail = self._reader.finish()
+            self._finish(at)
         else:
-            outcome, detail = outcomes.from_status(self._status or 0, bytes(self._error_body), self._headers)
-        self._end(outcome, detail, at)
+            self._end(*outcomes.from_status(self._status or 0, bytes(self._error_body)), at)
 
     def on_lost(self, at: float, error: Exception | None) -> None:
         if self.done.done():
@@ -258,8 +269,11 @@ class _Call(Exchange):
         if self._status not in (None, 200):
             self.on_end(at)
             return
-        outcome, detail = self._reader.finish(broken=how)
-        self._end(outcome, detail, at)
+        if isinstance(error, NotHttp) and self._status is None:
+            fact = f"the answer is not HTTP ({error})"
+            self._end(Outcome.NOT_AN_ANSWER, outcomes.detail(Outcome.NOT_AN_ANSWER, fact), at)
+            return
+        self._finish(at, broken=how)
 
     # The clocks.
     def _first_token_clock(self) -> None:
@@ -283,15 +297,32 @@ class _Call(Exchange):
         self._give_up(Outcome.STALLED, f"silence for {stall_s:g} s in the middle of the answer")
 
     def _give_up(self, outcome: Outcome, fact: str) -> None:
+        if self._reader.complete:
+            self._complete()
+            return
         if not self.done.done():
             self._reader.finish(broken=fact)
             self._end(outcome, outcomes.detail(outcome, fact), self._loop.time())
-        if self._connection is not None:
-            self._connection.abort()
+        self._drop()
+
+    def _complete(self) -> None:
+        """The answer is whole but the far side does not end the response."""
+        if not self.done.done():
+            self._finish(self._loop.time())
+        self._drop()
+
+    def _finish(self, at: float, *, broken: str = "") -> None:
+        outcome, detail = self._reader.finish(broken=broken)
+        self._end(outcome, detail, at)
 
     def _end(self, outcome: Outcome, detail: str, at: float) -> None:
         self._stop_timer()
-        self.done.set_result(self.reply(outcome, detail, at=at))
+        if not self.done.done():  # on_delta may have raised at the last piece
+            self.done.set_result(self.reply(outcome, detail, at=at))
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.drop(self)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -301,23 +332,22 @@ class _Call(Exchange):
     def close(self) -> None:
         """Give the request up: the connection is closed, which tells the far side to stop."""
         self._stop_timer()
-        self._reader.finish(broken="given up")
-        if self._connection is not None and not self.done.done():
-            self._connection.abort()
+        self._drop()  # `done` is cancelled already: the task that waits for it was
         if not self.done.done():
             self.done.cancel()
+        self._reader.finish(broken="given up")
 
     def _show(self, pieces: list[Piece]) -> None:
         assert self._on_delta is not None  # noqa: S101 - only handed on when there is one
+        if self.done.done():
+            return
         try:
             for piece in pieces:
                 self._on_delta(Delta(piece.kind, piece.text, piece.at - self._due))
         except Exception as error:
             self._stop_timer()
-            if not self.done.done():
-                self.done.set_exception(error)
-            if self._connection is not None:
-                self._connection.abort()
+            self.done.set_exception(error)
+            self._drop()
 
     def reply(self, outcome: Outcome, detail: str, *, at: float | None = None) -> Reply:
         """The Reply as things stand."""
@@ -337,7 +367,7 @@ class _Call(Exchange):
             usage=usage,
             due_at=self._due_at,
             http_status=self._status,
-            headers=dict(self._headers),
+            headers={name: keys.redact(value) for name, value in self._headers.items()},
             attempts=(Attempt(channel.name, outcome, timing.total_s),),
             emulated=channel.emulated,
             extra={"keep_alives": self._reader.keep_alives, "chunks": self._reader.chunks},

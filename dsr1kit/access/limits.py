@@ -17,7 +17,7 @@ class _Bucket:
 
     def __init__(self, per_minute: float) -> None:
         self._rate = per_minute / 60.0
-        self._level = self._most = per_minute
+        self._level = self._most = max(1.0, per_minute)  # a smaller bucket would never hold one request
         self._at = asyncio.get_running_loop().time()
 
     def _refill(self) -> float:
@@ -27,7 +27,7 @@ class _Bucket:
         return self._level
 
     async def wait_for(self, amount: float) -> None:
-        while self._refill() < amount:
+        while self._refill() < amount:  # noqa: ASYNC110 - time is what it waits for, no event
             await asyncio.sleep(max(0.001, (amount - self._level) / self._rate))
 
     def take(self, amount: float) -> None:

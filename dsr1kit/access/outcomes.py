@@ -18,13 +18,19 @@ _WORDS: tuple[tuple[Outcome, re.Pattern[str]], ...] = tuple(
         (Outcome.NO_BALANCE, r"insufficient[ _](account )?balance|arrear|余额不足|欠费|overdue payment"),
         (
             Outcome.RETIRED,
-            r"\bretired\b|decommission|\bdeprecated\b|no longer (available|supported|served)|\bsunset|"
-            r"end[- ]of[- ]life|已下线|停止服务",
+            # A parameter can be deprecated or no longer supported too.
+            (
+                r"\bretired\b|decommission|\bsunset|end[- ]of[- ]life|已下线|停止服务|"
+                r"^(?!.*\b(parameter|field|argument|option|header)\b)"
+                r".*(\bdeprecated\b|no longer (available|supported|served))"
+            ),
         ),
         (
             Outcome.UNKNOWN_MODEL,
-            r"model[^.]{0,60}(not exist|not found|is not available|does not exist|unknown|is invalid)|"
-            r"(unknown|invalid|no such|unsupported|unrecognized) model|model_not_found|模型不存在",
+            (
+                r"model([^.]|\.(?=\S)){0,80}(not exist|not found|is not available|unknown|is invalid)|"
+                r"(unknown|invalid|no such|unsupported|unrecognized) model|model_not_found|模型不存在"
+            ),
         ),
         (Outcome.FILTERED, r"content[ _-]?(filter|policy|exists risk)|data_inspection_failed|敏感|违规"),
     )
@@ -35,6 +41,7 @@ _ERROR_WORDS: tuple[tuple[Outcome, re.Pattern[str]], ...] = (
         Outcome.UNAUTHORIZED,
         re.compile(r"api[ _-]?key|unauthori[sz]ed|authentication|forbidden", re.IGNORECASE),
     ),
+    (Outcome.BAD_REQUEST, re.compile(r"invalid[ _]?request|bad[ _]?request", re.IGNORECASE)),
 )
 
 _ADVICE = {
@@ -65,11 +72,11 @@ def detail(outcome: Outcome, fact: str = "") -> str:
     return redact(f"{fact}: {advice}" if fact and advice else fact or advice)
 
 
-def from_status(status: int, body: bytes, headers: dict[str, str]) -> tuple[Outcome, str]:
+def from_status(status: int, body: bytes) -> tuple[Outcome, str]:
     """Outcome and detail of a response that is not 200."""
     words = _words_of(body)
     fact = f"HTTP {status}" + (f' "{words}"' if words else "")
-    return (outcome := _of_status(status, words, headers)), detail(outcome, fact)
+    return (outcome := _of_status(status, words)), detail(outcome, fact)
 
 
 def from_error_event(error: Any) -> tuple[Outcome, str]:
@@ -80,14 +87,15 @@ def from_error_event(error: Any) -> tuple[Outcome, str]:
     if isinstance(code, str) and code.isdigit():
         code = int(code)
     if isinstance(code, int) and 400 <= code <= 599:
-        outcome = _of_status(code, words, {})
+        outcome = _of_status(code, words)
     else:
-        text = f"{words} {code or ''}"
+        kind = error.get("type") if isinstance(error, dict) else None
+        text = f"{words} {code or ''} {kind or ''}"
         outcome = _by_words(text, _WORDS) or _by_words(text, _ERROR_WORDS) or Outcome.OVERLOADED
     return outcome, detail(outcome, fact)
 
 
-def _of_status(status: int, words: str, headers: dict[str, str]) -> Outcome:
+def _of_status(status: int, words: str) -> Outcome:
     if status == 429:
         return Outcome.THROTTLED
     if status >= 500:

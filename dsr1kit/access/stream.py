@@ -40,10 +40,12 @@ class CompletionReader:
         self._on_pieces = on_pieces
         self._form: Literal["unknown", "stream", "json", "html"] = "unknown"
         self._pending: deque[tuple[float, bytes]] = deque()
+        self._read: deque[bytes] = deque()
+        self._read_at = 0.0
         self._tail = b""
         self._body = bytearray()
         self._whole_at = 0.0
-        self._in_event = False
+        self._in_event = self._in_comment = False
         self._data: list[str] = []
         self._event = ""
         self._fault: tuple[Outcome, str] | None = None
@@ -67,20 +69,20 @@ class CompletionReader:
 
     def parse_some(self, until: float) -> bool:
         """Parse what was fed until the clock shows `until`; True when some is left."""
-        while self._pending:
+        while not self._lines(until):
+            if not self._pending:
+                return False
             at, data = self._pending.popleft()
             if self._form == "unknown":
                 data = self._sniff(data)
             if self._form in ("json", "html"):
                 self._whole(data, at)
-            elif self._form == "stream" and self._lines(data, at, until):
-                return True
-        return False
+            elif self._form == "stream":
+                self._split(data, at)
+        return True
 
     def _sniff(self, data: bytes) -> bytes:
         """Learn the form from the first byte that is not white space; earlier line ends are keep-alives."""
-        data = self._tail + data
-        self._tail = b""
         bare = data.lstrip(b" \t\r\n\xef\xbb\xbf")
         self.keep_alives += data[: len(data) - len(bare)].count(b"\n")
         if not bare:
@@ -94,27 +96,28 @@ class CompletionReader:
             self._body += data
         self._whole_at = at
 
-    def _lines(self, data: bytes, at: float, until: float) -> bool:
-        lines = (self._tail + data).split(b"\n")
-        self._tail = lines.pop()
-        for number, line in enumerate(lines, 1):
-            if b"\r" in line:
-                for part in line.rstrip(b"\r").split(b"\r"):
-                    self._line(part, at)
-            else:
-                self._line(line, at)
-            if number % _LINES_A_LOOK == 0 and number < len(lines) and self._now() >= until:
-                self._pending.appendleft((at, b"\n".join([*lines[number:], self._tail])))
-                self._tail = b""
-                return True
+    def _split(self, data: bytes, at: float) -> None:
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        self._read.extend(lines)
+        self._read_at = at
         if len(self._tail) > _MOST_BYTES:
             self._set_fault(Outcome.NOT_AN_ANSWER, "a line of over 64 MiB")
             self._tail = b""
+
+    def _lines(self, until: float) -> bool:
+        """Parse lines until the clock shows `until`; True when some are left."""
+        number = 0
+        while self._read:
+            for part in self._read.popleft().removesuffix(b"\r").split(b"\r"):
+                self._line(part, self._read_at)
+            number += 1
+            if number % _LINES_A_LOOK == 0 and self._read and self._now() >= until:
+                return True
         return False
 
     def _line(self, line: bytes, at: float) -> None:
         if line.startswith(b"data:"):
-            self._in_event = True
+            self._in_event, self._in_comment = True, False
             text = line[5:].decode("utf-8", "replace")
             self._data.append(text[1:] if text.startswith(" ") else text)
             # One line is one event nearly everywhere; waiting for the blank line would cost time.
@@ -123,11 +126,13 @@ class CompletionReader:
         elif not line:
             if self._data:
                 self._event_data(at, last=True)
-            elif not self._in_event:
+            elif not self._in_event and not self._in_comment:
                 self.keep_alives += 1
-            self._in_event, self._event = False, ""
+            self._in_event, self._in_comment, self._event = False, False, ""
         elif line.startswith(b":"):
-            self.keep_alives += 1
+            if not self._in_event:  # the blank line after it belongs to it
+                self.keep_alives += 1
+                self._in_comment = True
         elif line.startswith(b"event:"):
             self._event = line[6:].strip().decode("utf-8", "replace")
         elif not line.startswith((b"id:", b"retry:")):
@@ -137,13 +142,16 @@ class CompletionReader:
         text = "\n".join(self._data).strip()
         if text == "[DONE]":
             self.done = True
-        elif text:
+        elif text and not self.done:
             try:
                 event = json.loads(text)
             except (ValueError, RecursionError):
                 if not last:
                     return  # may go on in the next data line
-                self._set_fault(Outcome.NOT_AN_ANSWER, f'the stream holds broken JSON "{text[:80]}"')
+                if self._event == "error":
+                    self._set_fault(*outcomes.from_error_event(text), told=True)
+                else:
+                    self._set_fault(Outcome.NOT_AN_ANSWER, f'the stream holds broken JSON "{text[:80]}"')
             else:
                 self._chunk(event, at)
         self._data = []
@@ -154,7 +162,7 @@ class CompletionReader:
                 Outcome.NOT_AN_ANSWER, f"the stream holds {type(event).__name__} instead of an object"
             )
             return
-        if event.get("error") or self._event == "error":
+        if event.get("error") or self._event == "error" or event.get("object") == "error":
             self._set_fault(*outcomes.from_error_event(event.get("error") or event), told=True)
             return
         if isinstance(event.get("usage"), dict):
@@ -203,18 +211,25 @@ class CompletionReader:
         if self._form == "json":
             self._finish_json(broken)
         elif self._form == "stream":
-            if self._tail:
-                self._line(self._tail.rstrip(b"\r"), self._pending_at())
-                self._tail = b""
-            if self._data and not broken:
-                self._event_data(self._pending_at(), last=True)
-        pieces = self.splitter.finish(truncated=self.finish_reason == "length")
+            self._finish_stream(broken)
+        stopped = self.finish_reason in ("length", "max_tokens") or not self.complete
+        pieces = self.splitter.finish(truncated=stopped)
         if pieces and self._on_pieces is not None:
             self._on_pieces(pieces)
         return self._verdict(broken)
 
-    def _pending_at(self) -> float:
-        return self.last_text_at if self.last_text_at is not None else self._now()
+    def _finish_stream(self, broken: str) -> None:
+        """The last line, when no line end came after it."""
+        at = self._read_at
+        for part in self._tail.removesuffix(b"\r").split(b"\r"):
+            if part.startswith(b"data:") or (part and not broken):
+                self._line(part, at)
+        self._tail = b""
+        if self._data and not broken:
+            text = "\n".join(self._data).strip()
+            if not text.startswith("{") or self._event == "error":
+                self._event_data(at, last=True)
+            # An object that never closes: the stream was cut inside its last line.
 
     def _finish_json(self, broken: str) -> None:
         try:
@@ -223,7 +238,10 @@ class CompletionReader:
             if not broken:
                 self._set_fault(Outcome.NOT_AN_ANSWER, "the body is broken JSON")
             return
-        if not isinstance(whole, dict) or not ("choices" in whole or "error" in whole):
+        told = isinstance(whole, dict) and (
+            "choices" in whole or "error" in whole or whole.get("object") == "error"
+        )
+        if not told:
             keys = ", ".join(list(whole)[:5]) if isinstance(whole, dict) else type(whole).__name__
             self._set_fault(Outcome.NOT_AN_ANSWER, f"the body is JSON without choices ({keys})")
             return

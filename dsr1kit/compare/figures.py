@@ -21,8 +21,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
 #: Outcomes in the order and colour in which they are stacked; greys are the caller's own.
 _OUTCOMES = {
-    "ok": "#009E73", "truncated": "#E69F00", "filtered": "#F0E442", "throttled": "#56B4E9", "overloaded": "#0072B2",
-    "queued": "#7A5195", "stalled": "#CC79A7", "cut": "#D55E00", "empty": "#A6761D", "not_an_answer": "#8C564B",
+    "ok": "#009E73", "truncated": "#E69F00", "filtered": "#F0E442", "throttled": "#56B4E9",
+    "overloaded": "#0072B2", "queued": "#7A5195", "stalled": "#CC79A7", "cut": "#D55E00", "empty": "#A6761D",
+    "not_an_answer": "#8C564B",
     "no_balance": "#B22222", "unauthorized": "#6B0000", "unknown_model": "#4B3621", "retired": "#2F4F4F",
     "bad_request": "#5C5C8A", "unreachable": "#1A1A1A", "deadline": "#777777", "over_budget": "#A0A0A0",
     "cancelled": "#C8C8C8",
@@ -39,6 +40,11 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     return figure, axes
+
+
+def _label(name: str, channel: Mapping[str, Any]) -> str:
+    # Two dollar signs would be read as mathematics.
+    return name_of(name, channel).replace("$", r"\$")
 
 
 def to_svg(figure: Figure) -> str:
@@ -75,7 +81,7 @@ def accuracy_against_latency(summary: Mapping[str, Any]) -> Figure:
             markersize=9,
             capsize=3,
             linewidth=1.6,
-            label=name_of(name, c),
+            label=_label(name, c),
         )
     axes.set_xlabel("time to the first answer token, median (s)")
     axes.set_ylabel("right answers (%)")
@@ -109,7 +115,7 @@ def latency_distributions(records: Sequence[Record], channels: Mapping[str, Any]
             color=COLOURS[number % len(COLOURS)],
             linestyle=_LINES[number % len(_LINES)],
             linewidth=2,
-            label=name_of(name, c),
+            label=_label(name, c),
         )
     axes.set_xlabel("time to the first answer token (s)")
     axes.set_ylabel("answers begun by then (%)")
@@ -124,7 +130,7 @@ def latency_distributions(records: Sequence[Record], channels: Mapping[str, Any]
 def outcomes(channels: Mapping[str, Any]) -> Figure:
     """Outcomes of all requests, stacked to 100 %, one bar a channel."""
     figure, axes = _axes(7.4, 1.5 + 0.5 * len(channels))
-    names = [name_of(name, c) for name, c in channels.items()]
+    names = [_label(name, c) for name, c in channels.items()]
     left = np.zeros(len(channels))
     present = [o for o in _OUTCOMES if any(c["outcomes"].get(o) for c in channels.values())]
     for number, outcome in enumerate(present):
@@ -158,8 +164,8 @@ def accuracy_by_kind(channels: Mapping[str, Any]) -> Figure:
         high = np.array([v["high"] * 100 for _, v in rows]) - value
         axes.errorbar(
             value, [row + offsets[number % len(offsets)] for row, _ in rows], xerr=[low, high],
-            fmt=_MARKERS[number % len(_MARKERS)], color=COLOURS[number % len(COLOURS)], markersize=6, capsize=2,
-            linewidth=1.3, label=name_of(name, c),
+            fmt=_MARKERS[number % len(_MARKERS)], color=COLOURS[number % len(COLOURS)], markersize=6,
+            capsize=2, linewidth=1.3, label=_label(name, c),
         )  # fmt: skip
     axes.set_yticks(range(len(kinds)), kinds)
     axes.invert_yaxis()

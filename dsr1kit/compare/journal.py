@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -43,7 +43,9 @@ class Journal:
         self.folder = folder
         self.records_path = folder / "records.jsonl"
         self.run_path = folder / "run.json"
-        self._identity = json.loads(json.dumps(identity))
+        self._retired_path = folder / "retried.jsonl"
+        # Redacted as it will lie on disk, or a run whose settings hold a secret would not know itself again.
+        self._identity = redacted(json.loads(json.dumps(identity)))
         self._about = dict(about or {})
         self._file: IO[bytes] | None = None
         self.run_id = ""
@@ -55,9 +57,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = self.records_path.open("a+b")
         except OSError as error:
-            raise UsageError(
-                f"the output folder {self.folder} cannot be written ({error.strerror}); choose another with --out"
-            ) from None
+            raise self._unwritable(error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -66,6 +66,9 @@ class Journal:
         try:
             self._open_run()
             self._read_back()
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise self._unwritable(error) from None
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -93,7 +96,9 @@ class Journal:
             RunError: the disk is full or gone; everything written before is whole.
         """
         assert self._file is not None  # noqa: S101 - only called inside the with block
-        line = redact(json.dumps({"run": self.run_id, **record}, ensure_ascii=False)).encode() + b"\n"
+        # Channel and item are the record's key; they come from the person and the task, never from a server.
+        clean = redacted(record) | {name: record[name] for name in ("channel", "item")}
+        line = _line({"run": self.run_id, **clean})
         try:
             self._file.write(line)
             self._file.flush()
@@ -105,32 +110,35 @@ class Journal:
         """All records, in the order in which they ended."""
         return read_records(self.records_path)
 
+    def retired(self) -> list[dict[str, Any]]:
+        """Records that were taken out to be asked again, in the order in which they ended."""
+        return read_records(self._retired_path) if self._retired_path.exists() else []
+
     def forget_failed(self) -> int:
         """Take failed records out, into retried.jsonl, so that they are asked again; returns how many."""
-        failed = self.failed()
-        if not failed:
+        return self._forget(self.failed())
+
+    def forget_unasked(self) -> int:
+        """Take out the records of requests that the budget kept back, likewise."""
+        return self._forget({key for key, o in self._outcomes.items() if o == Outcome.OVER_BUDGET.value})
+
+    def _forget(self, keys: set[Key]) -> int:
+        if not keys:
             return 0
         records = self.read()
-        with (self.folder / "retried.jsonl").open("a", encoding="utf-8") as aside:
-            for record in records:
-                if _key(record) in failed:
-                    aside.write(json.dumps(record, ensure_ascii=False) + "\n")
-            aside.flush()
-            os.fsync(aside.fileno())
-        kept = self.records_path.with_suffix(".tmp")
-        with kept.open("w", encoding="utf-8") as file:
-            for record in records:
-                if _key(record) not in failed:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        aside = [*self.retired(), *(r for r in records if _key(r) in keys)]
+        _replace(self._retired_path, aside).close()
+        file = _replace(self.records_path, [r for r in records if _key(r) not in keys])
         assert self._file is not None  # noqa: S101 - only called inside the with block
-        old = self._file
-        kept.replace(self.records_path)
-        self._file = self.records_path.open("a+b")
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        old.close()
-        for key in failed:
+        self._file.close()
+        self._file = file
+        for key in keys:
             del self._outcomes[key]
-        return len(failed)
+        return len(keys)
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        why = f"cannot be written ({error.strerror}); choose another with --out"
+        return UsageError(f"the output folder {self.folder} {why}")
 
     def _open_run(self) -> None:
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -158,7 +166,7 @@ class Journal:
             self.run_id = f"{now[:10]}-{secrets.token_hex(4)}"
             run = {"run": self.run_id, "identity": self._identity, **self._about, "starts": [now]}
         draft = self.run_path.with_suffix(".tmp")
-        draft.write_text(redact(json.dumps(run, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(redacted(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(self.run_path)
 
     def _read_back(self) -> None:
@@ -198,10 +206,41 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            _key(record)
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}, line {number}: not a record of this kit") from None
     return records
+
+
+def redacted(value: Any) -> Any:
+    """A JSON value with keys redacted in its texts alone, so that it stays the JSON that it was."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {name: redacted(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner) for inner in value]
+    return value
+
+
+def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> IO[bytes]:
+    """Put a new file in the place of `path` in one step; returns it open, at its end and locked."""
+    draft = path.with_suffix(".tmp")
+    file = draft.open("w+b")
+    # Locked before it takes the old one's place: at no moment is the run's file free.
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.writelines(_line(record) for record in records)
+    file.flush()
+    os.fsync(file.fileno())
+    draft.replace(path)
+    return file
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    # A lone surrogate (half an emoji from a far side) has no UTF-8 form.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _key(record: Mapping[str, Any]) -> Key:
@@ -209,11 +248,11 @@ def _key(record: Mapping[str, Any]) -> Key:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    out = []
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            out.append(f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)")
-    return out
+    return [
+        f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _short(value: Any) -> str:

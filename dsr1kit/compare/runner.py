@@ -12,22 +12,24 @@ import datetime as dt
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsr1kit import about
+from dsr1kit.access import outcomes
 from dsr1kit.access.channels import Channel, Price, load_channels
-from dsr1kit.backends import is_local, open_backend, price_of
+from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
 from dsr1kit.compare import report
 from dsr1kit.compare.journal import Journal
 from dsr1kit.compare.scoring import score_number
 from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import Item, load_task
-from dsr1kit.errors import UsageError
+from dsr1kit.errors import RunError, UsageError
 from dsr1kit.keys import require_key
+from dsr1kit.local.load import locate
 from dsr1kit.records import Backend, Message, Outcome, Reply, Sampling, Verdict
 
 #: What runs may report while they go: (stage, done, total); stages are `prepare`, `hosted` and `local`.
@@ -46,7 +48,8 @@ class RunSettings:
         seed: of items, order, arrival times and draws.
         sampling: R1's by default; `max_tokens` here is a cap for tasks with short answers.
         max_cost: in a channel's own currency; when the sum in one currency reaches it, the rest of the
-            run is recorded as `over_budget` and not asked.
+            run is recorded as `over_budget` and not asked, save of channels that charge nothing. The
+            same run with more to spend asks that rest.
         first_token_s, stall_s, deadline_s: limits for hosted channels, in seconds.
     """
 
@@ -72,7 +75,7 @@ class RunSettings:
         for name in ("items", "samples", "concurrency"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rate", "max_cost", "deadline_s"):
+        for name in ("rate", "max_cost", "first_token_s", "stall_s", "deadline_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} must be above 0, not {value}")
@@ -122,6 +125,8 @@ async def run_comparison(
 
     Raises:
         UsageError: unknown names, missing keys, a folder of another run; before anything is asked.
+        ModelError: a local model that is not there, likewise.
+        RunError: the folder can no longer be written.
     """
     catalogue = load_channels(channel_file)
     items = load_task(settings.task, settings.items, settings.seed)
@@ -130,6 +135,8 @@ async def run_comparison(
     for name in settings.channels:
         if name in catalogue and catalogue[name].api_key_env:
             require_key(catalogue[name].api_key_env, name)
+        if is_local(name):
+            locate(name.removeprefix(LOCAL).partition("@")[0])
     prices = {name: price_of(name, catalogue) for name in settings.channels}
     identity = _identity(settings, catalogue, backends)
     surroundings = {"versions": about.versions(), "hardware": about.hardware()}
@@ -137,6 +144,8 @@ async def run_comparison(
         if retry_failed:
             journal.forget_failed()
         run = _Run(settings, journal, prices, on_progress)
+        if not run.budget_spent():
+            journal.forget_unasked()
         open_ones = [q for q in _order(settings, items) if q.key not in journal.done()]
         hosted = [q for q in open_ones if not is_local(q.channel)]
         async with AsyncExitStack() as stack:
@@ -165,10 +174,15 @@ def finish(folder: Path) -> Finished:
         "items": run["identity"]["items"],
         "samples": run["identity"]["samples"],
     }
-    summary_path = folder / "summary.json"
-    summary_path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    report_path = folder / "report.html"
-    report_path.write_text(report.render(run, records, summary), encoding="utf-8")
+    summary_path, report_path = folder / "summary.json", folder / "report.html"
+    rendered = report.render(run, records, summary)
+    try:
+        summary_path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        report_path.write_text(rendered, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"{error.filename} cannot be written ({error.strerror}); the records in {folder} are whole"
+        ) from None
     return Finished(folder, folder / "records.jsonl", summary_path, report_path, summary)
 
 
@@ -183,9 +197,14 @@ class _Run:
         self._settings, self._journal, self._prices = settings, journal, prices
         self._tell = on_progress or (lambda *_: None)
         self._spent: defaultdict[str, float] = defaultdict(float)
-        for record in journal.read():
+        for record in [*journal.retired(), *journal.read()]:
             if record.get("cost"):
                 self._spent[record["currency"]] += record["cost"]
+
+    def budget_spent(self) -> bool:
+        """Whether what was spent in some currency has reached the limit."""
+        limit = self._settings.max_cost
+        return limit is not None and any(spent >= limit for spent in self._spent.values())
 
     async def prepare(self, opened: Mapping[str, Backend], questions: Sequence[_Question]) -> None:
         """Let emulated models answer before anything is measured."""
@@ -223,18 +242,37 @@ class _Run:
 
         if questions:
             self._tell("hosted", 0, len(questions))
-        async with asyncio.TaskGroup() as group:
-            if self._settings.rate is None:
-                for _ in range(min(self._settings.concurrency, len(questions))):
-                    group.create_task(worker())
-                return
-            loop = asyncio.get_running_loop()
-            rng = random.Random(f"{self._settings.seed}/arrivals")
-            due = loop.time()
-            for q in questions:
-                due += rng.expovariate(self._settings.rate)
+        cause: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._settings.rate is None:
+                    for _ in range(min(self._settings.concurrency, len(questions))):
+                        group.create_task(worker())
+                else:
+                    await self._arrivals(group, one, questions, self._settings.rate)
+        except* Exception as several:
+            # What ended one ends all; the caller is told that one thing.
+            cause = several.exceptions[0]
+        if cause is not None:
+            raise cause
+
+    async def _arrivals(
+        self,
+        group: asyncio.TaskGroup,
+        one: Callable[[_Question, float], Coroutine[Any, Any, None]],
+        questions: Sequence[_Question],
+        rate: float,
+    ) -> None:
+        """Begin each question at its seeded random moment, whatever is still in flight."""
+        loop = asyncio.get_running_loop()
+        rng = random.Random(f"{self._settings.seed}/arrivals")
+        due = loop.time()
+        for q in questions:
+            due += rng.expovariate(rate)
+            # Who will not be asked needs no moment of its own.
+            if not self._over_budget(q.channel):
                 await asyncio.sleep(max(0.0, due - loop.time()))
-                group.create_task(one(q, due))
+            group.create_task(one(q, due))
 
     async def local(self, backend: Backend, questions: Sequence[_Question]) -> None:
         """All questions of one local model, one after the other."""
@@ -245,19 +283,30 @@ class _Run:
             self._tell(stage, number, len(questions))
 
     async def _one(self, backend: Backend, q: _Question, due: float | None) -> None:
-        limit = self._settings.max_cost
-        if limit is not None and any(spent >= limit for spent in self._spent.values()):
-            from dsr1kit.access import outcomes
-
-            fact = f"--max-cost {limit:g} was reached"
-            reply = Reply(Outcome.OVER_BUDGET, outcomes.detail(Outcome.OVER_BUDGET, fact), channel=q.channel)
+        price = self._prices[q.channel]
+        if self._over_budget(q.channel):
+            reply = self._not_asked(backend, q.channel)
         else:
             reply = await backend.ask(q.item.messages(), self._settings.sampling_for(q.sample), due=due)
-        price = self._prices[q.channel]
         record = to_record(reply, q.channel, q.item, q.sample, price)
         if record["cost"]:
             self._spent[record["currency"]] += record["cost"]
         self._journal.append(record)
+
+    def _over_budget(self, name: str) -> bool:
+        price = self._prices[name]
+        free = price is not None and price.input == price.output == 0
+        return self.budget_spent() and not free
+
+    def _not_asked(self, backend: Backend, name: str) -> Reply:
+        channel = getattr(backend, "channel", None)
+        return Reply(
+            Outcome.OVER_BUDGET,
+            outcomes.detail(Outcome.OVER_BUDGET, f"--max-cost {self._settings.max_cost:g} was reached"),
+            channel=name,
+            model_requested=getattr(channel, "model", ""),
+            emulated=getattr(channel, "emulated", False),
+        )
 
 
 def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price | None) -> dict[str, Any]:
@@ -298,7 +347,8 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
         "currency": price.currency if price is not None else None,
         "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in reply.attempts],
         "from_cache": reply.from_cache,
-        "emulated": reply.emulated,
+        # The kit's emulator marks what it sends, so that a catalogue entry that points at one is told too.
+        "emulated": reply.emulated or "x-dsr1kit-emulated" in reply.headers,
     }
 
 
@@ -329,12 +379,13 @@ def _identity(
     identity = asdict(settings) | {"channels": list(settings.channels)}
     # Raising the budget is how a run that hit it goes on.
     del identity["max_cost"]
-    facts = {}
+    facts: dict[str, Any] = {}
     for name in settings.channels:
         if name in catalogue:
             c = catalogue[name]
             facts[name] = {"base_urls": list(c.base_urls), "model": c.model, "reasoning": c.reasoning}
         elif hasattr(backends[name], "weather"):
-            facts[name] = {"weather": json.loads(json.dumps(asdict(backends[name].weather), default=str))}
-            facts[name]["weather"].pop("path")
+            weather = json.loads(json.dumps(asdict(backends[name].weather), default=str))
+            del weather["path"]
+            facts[name] = {"weather": weather}
     return identity | {"facts": facts}

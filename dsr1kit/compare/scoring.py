@@ -11,7 +11,13 @@ from fractions import Fraction
 
 from dsr1kit.records import Verdict
 
-_NUMBER = re.compile(r"[-−]?\d+(?:,\d{3})+(?:\.\d+)?|[-−]?\d+(?:\.\d+)?(?:/\d+)?|[-−]?\.\d+")
+# A minus behind a digit or a bracket subtracts; it is no sign.
+_NUMBER = re.compile(
+    r"(?:(?<![\d)])[-−])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:/\d+)?|\.\d+)", re.ASCII
+)
+_BRACES = re.compile(r"\\boxed\{|[{}]")
+# The exponent of a unit: cm², \text{ cm}^2, m^{3}.
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*(?:[²³]|\^\{?\d+\}?)")
 
 
 def score_number(answer: str, gold: str) -> Verdict:
@@ -29,19 +35,19 @@ def score_number(answer: str, gold: str) -> Verdict:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` with balanced braces; None where there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for at in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : at]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    # One pass: an answer that repeats `\\boxed{` without end must not cost the square of its length.
+    begun: list[int | None] = []
+    last: tuple[int, int] | None = None
+    for brace in _BRACES.finditer(text):
+        if brace.group() != "}":
+            begun.append(None if brace.group() == "{" else brace.end())
+        elif begun and (start := begun.pop()) is not None and (last is None or start > last[0]):
+            last = (start, brace.start())
+    return None if last is None else text[slice(*last)]
 
 
 def _number(text: str) -> Fraction | None:
-    plain = unicodedata.normalize("NFKC", text).replace("\\,", "").replace("{,}", ",")
+    plain = unicodedata.normalize("NFKC", _UNIT_POWER.sub("", text)).replace("\\,", "").replace("{,}", ",")
     plain = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", plain)
     found = _NUMBER.findall(plain)
     if not found:

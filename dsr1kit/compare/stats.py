@@ -34,7 +34,7 @@ def clustered_share(outcomes: Mapping[str, Sequence[bool]]) -> Interval | None:
     number of items (samples of an item all alike) and the number of samples (all independent). With one
     sample an item this is Wilson's interval itself. None where there is nothing to count.
     """
-    means = np.array([np.mean(samples) for samples in outcomes.values() if len(samples)], dtype=float)
+    means = np.array([sum(samples) / len(samples) for samples in outcomes.values() if samples])
     if means.size == 0:
         return None
     p = float(means.mean())
@@ -42,8 +42,9 @@ def clustered_share(outcomes: Mapping[str, Sequence[bool]]) -> Interval | None:
     size = float(items)
     if items > 1 and samples > items and 0 < p < 1:
         variance = float(means.var(ddof=1)) / items
+        size = float(samples)
         if variance > 0:
-            size = min(float(samples), max(float(items), p * (1 - p) / variance))
+            size = min(size, max(float(items), p * (1 - p) / variance))
     return Interval(p, *_wilson(p, size))
 
 
@@ -59,7 +60,8 @@ class PairedDifference(NamedTuple):
 
     Attributes:
         items: how many items both answered.
-        items_to_settle: how many would make an interval of the same shape exclude zero; None where it does.
+        items_to_settle: how many in all would make the interval exclude zero if further items went as these
+            did; None where it does so already, or where no gap was seen.
     """
 
     value: float
@@ -80,18 +82,34 @@ def paired_difference(
     shared = [i for i in a if i in b and len(a[i]) and len(b[i])]
     if not shared:
         return None
-    d = np.array([np.mean(a[i]) - np.mean(b[i]) for i in shared], dtype=float)
-    padded = np.concatenate([d, [1.0, -1.0]])
-    n = padded.size
-    # The adjusted estimate centres the interval; its variance is that of the padded differences.
-    half = _Z * math.sqrt(float(np.mean(padded**2) - np.mean(padded) ** 2) / n)
-    centre = float(padded.mean())
-    low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    value = float(d.mean())
+    d = np.array([sum(a[i]) / len(a[i]) - sum(b[i]) / len(b[i]) for i in shared])
+    value, square = float(d.mean()), float(np.mean(d**2))
+    low, high = _bonett_price(value, square, len(shared))
     settle = None
-    if low <= 0 <= high:
-        settle = math.ceil(len(shared) * (half / abs(value)) ** 2) if abs(value) > 1e-9 else None
+    if low <= 0 <= high and abs(value) > 1e-9:
+        settle = _first_that_excludes_zero(value, square, len(shared))
     return PairedDifference(value, low, high, len(shared), settle)
+
+
+def _bonett_price(value: float, square: float, n: int) -> tuple[float, float]:
+    """The interval from mean and mean square of `n` differences, with +1 and -1 added to them."""
+    centre = n * value / (n + 2)
+    half = _Z * math.sqrt(max(0.0, (n * square + 2) / (n + 2) - centre**2) / (n + 2))
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def _first_that_excludes_zero(value: float, square: float, n: int) -> int:
+    def settled(m: int) -> bool:
+        low, high = _bonett_price(value, square, m)
+        return low > 0 or high < 0
+
+    few, enough = n, 2 * n
+    while not settled(enough):
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if settled(middle) else (middle, enough)
+    return enough
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -103,7 +121,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def median_interval(values: Sequence[float]) -> Interval | None:
-    """The median with its exact, distribution-free interval from order statistics."""
+    """The median with its exact, distribution-free interval from order statistics.
+
+    Below six values no such interval reaches 95 %; it is their whole range then, which covers less.
+    """
     if not values:
         return None
     ordered = np.sort(np.asarray(values, dtype=float))

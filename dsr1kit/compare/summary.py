@@ -131,9 +131,8 @@ def _quality(channels: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) ->
     order = sorted(scored, key=lambda n: -scored[n]["accuracy"]["value"])
     best = order[0]
     acc = scored[best]["accuracy"]
-    parts = [
-        f"{name_of(best, scored[best])} is right in {acc['value']:.0%} ({acc['low']:.0%} to {acc['high']:.0%})"
-    ]
+    sure = f"{acc['value']:.0%} ({acc['low']:.0%} to {acc['high']:.0%})"
+    parts = [f"{name_of(best, scored[best])} is right in {sure}"]
     for name in order[1:]:
         pair = next((p for p in pairs if {p["a"], p["b"]} == {best, name}), None)
         if pair is None:
@@ -141,8 +140,14 @@ def _quality(channels: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) ->
         sign = 1 if pair["a"] == best else -1
         low, high = sorted(100 * sign * pair["accuracy_difference"][k] for k in ("low", "high"))
         label = name_of(name, scored[name])
-        if pair["differs"]:
+        if pair["differs"] and low > 0:
             parts.append(f"{label} is {low:.0f} to {high:.0f} points behind")
+        elif pair["differs"]:
+            # The best over all items need not be so over those that both answered.
+            items = pair["items"]
+            parts.append(
+                f"{label} is {-high:.0f} to {-low:.0f} points ahead on the {items} items both answered"
+            )
         else:
             settle = pair["items_to_settle"]
             more = f"about {_round_up(settle)} items would settle it" if settle else "no gap seen to settle"

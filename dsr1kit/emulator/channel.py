@@ -1,4 +1,4 @@
-"""`emulated:FILE`: a channel served by an emulator in a process of its own, started and stopped by its user."""
+"""`emulated:FILE`: a channel served by an emulator in a process of its own; its user starts and stops it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import ChannelClient
 from dsr1kit.emulator.weather import Weather, load_weather
-from dsr1kit.errors import RunError
+from dsr1kit.errors import RunError, UsageError
 from dsr1kit.records import R1_SAMPLING, Message, OnDelta, Reply, Sampling
 
 _START_S = 120.0
@@ -42,6 +43,7 @@ class EmulatedChannel:
         self._clocks = clocks
         self._process: asyncio.subprocess.Process | None = None
         self._client: ChannelClient | None = None
+        self._log: IO[bytes] | None = None
         self.channel = self._channel("http://127.0.0.1:0/v1")
 
     def _channel(self, url: str) -> Channel:
@@ -58,25 +60,31 @@ class EmulatedChannel:
         )
 
     async def __aenter__(self) -> Self:
+        self.channel.open(**self._clocks)  # type: ignore[arg-type]  # a dict of limits has one type; raises early
+        # A file: a pipe that nobody reads would stop a talkative emulator.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _stop
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dsr1kit", "emulate", str(self.weather.path), "--port", "0", "--with-parent",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            *(sys.executable, "-m", "dsr1kit", "emulate", str(self.weather.path)),
+            *("--port", "0", "--with-parent"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=self._log,
+        )
         assert self._process.stdout is not None  # noqa: S101 - asked for above
         try:
             async with asyncio.timeout(_START_S):
                 line = await self._process.stdout.readline()
             self.channel = self._channel(json.loads(line)["url"])
+            self._client = self.channel.open(**self._clocks)  # type: ignore[arg-type]  # as above
+            await self._client.__aenter__()
         except (TimeoutError, ValueError, KeyError):
             told = await self._stop()
             raise RunError(
                 f"the emulator for {self.weather.path} did not start: {told or 'no word from it'}"
             ) from None
-        except asyncio.CancelledError:
+        except BaseException:
             await self._stop()
             raise
-        self._client = self.channel.open(**self._clocks)  # type: ignore[arg-type]  # a dict of limits has one type
-        await self._client.__aenter__()
         return self
 
     async def __aexit__(
@@ -90,16 +98,20 @@ class EmulatedChannel:
     async def _stop(self) -> str:
         """End the process; returns the tail of its log."""
         process, self._process = self._process, None
-        if process is None:
+        file, self._log = self._log, None
+        if process is None or file is None:
             return ""
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
             async with asyncio.timeout(5.0):
-                _, log = await process.communicate()
+                await process.communicate()
         except TimeoutError:
             process.kill()
-            _, log = await process.communicate()
+            await process.communicate()
+        with file:
+            file.seek(0)
+            log = file.read()
         return log.decode("utf-8", "replace").strip()[-400:]
 
     async def ask(
@@ -112,7 +124,7 @@ class EmulatedChannel:
     ) -> Reply:
         """Ask once; see `Backend.ask`."""
         if self._client is None:
-            raise RunError(f"{self.name} is not open: use `async with`")
+            raise UsageError(f"{self.name} is not open: use `async with`")
         return await self._client.ask(messages, sampling, on_delta=on_delta, due=due)
 
     async def prepare(
@@ -125,6 +137,9 @@ class EmulatedChannel:
         Args:
             questions: what will be asked, each with its sampling.
             on_done: called with the number of questions answered since the last call.
+
+        Raises:
+            RunError: the emulator's model failed.
         """
         if self.weather.model is None or self._client is None:
             return
@@ -136,7 +151,10 @@ class EmulatedChannel:
             for begin in range(0, len(questions), _PREPARED_AT_A_TIME):
                 part = questions[begin : begin + _PREPARED_AT_A_TIME]
                 bodies = [self._client.body(messages, sampling) for messages, sampling in part]
-                async with session.post(url, json=bodies) as response:
-                    response.raise_for_status()
+                try:
+                    async with session.post(url, json=bodies) as response:
+                        response.raise_for_status()
+                except aiohttp.ClientError as error:
+                    raise RunError(f"{self.name}: its model could not answer beforehand: {error}") from None
                 if on_done is not None:
                     on_done(len(part))

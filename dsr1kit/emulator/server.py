@@ -11,12 +11,13 @@ import asyncio
 import datetime as dt
 import hashlib
 import json
+import math
 import re
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
@@ -67,12 +68,19 @@ class _Answer:
         """Only the first `count` tokens, stopped by length."""
         if count >= len(self.reasoning) + len(self.answer):
             return self
-        return _Answer(
-            self.reasoning[:count],
-            self.answer[: max(0, count - len(self.reasoning))],
-            self.prompt_tokens,
-            "length",
-        )
+        said = self.answer[: max(0, count - len(self.reasoning))]
+        return _Answer(self.reasoning[:count], said, self.prompt_tokens, "length")
+
+    def faulty(self, draw: Draw) -> _Answer:
+        """What is left of it by a fault that concerns the text."""
+        if draw.fault == "empty":
+            return replace(self, reasoning=(), answer=())
+        if draw.fault == "filtered":
+            return replace(self, finish_reason="content_filter")
+        if draw.fault == "truncated":
+            whole = len(self.reasoning) + len(self.answer)
+            return replace(self.first(max(1, int(draw.cut_at * whole))), finish_reason="length")
+        return self
 
 
 class Emulator:
@@ -148,12 +156,11 @@ class Emulator:
             self._prepared[key] = _spoken(reply)
 
     def _sampling(self, body: dict[str, Any], key: str) -> Sampling:
-        wanted = (
-            body.get("temperature", 0.6) if self.weather.temperature is None else self.weather.temperature
-        )
+        wanted = body.get("temperature") if self.weather.temperature is None else self.weather.temperature
+        top_p = body.get("top_p")
         return Sampling(
-            temperature=float(wanted),
-            top_p=float(body.get("top_p", 0.95)),
+            temperature=0.6 if wanted is None else float(wanted),
+            top_p=0.95 if top_p is None else float(top_p),
             max_tokens=int(body.get("max_tokens") or 32768),
             seed=int.from_bytes(hashlib.sha256(f"{self.weather.seed}/{key}".encode()).digest()[:4], "big")
             >> 1,
@@ -178,7 +185,7 @@ class Emulator:
         try:
             body = await request.json()
             require_messages(body["messages"])
-            limit = int(body.get("max_tokens") or 32768)
+            limit = self._sampling(body, "").max_tokens
         except (ValueError, KeyError, TypeError, UsageError, AttributeError) as error:
             self.served["bad_request"] += 1
             return _error(400, f"Invalid request: {error}")
@@ -187,7 +194,7 @@ class Emulator:
         self._asked[key] += 1
         if (wait_s := self._over_limit(arrived)) is not None:
             self.served["throttled"] += 1
-            return _error(*_STATUS["throttled"], {"Retry-After": f"{wait_s:.1f}"})
+            return _error(*_STATUS["throttled"], {"Retry-After": str(math.ceil(wait_s))})
         draw = self.weather.draw(json.dumps(body["messages"]), str(body.get("seed")), attempt, self._now())
         self.served[draw.fault or "ok"] += 1
         if draw.fault in _STATUS:
@@ -197,12 +204,10 @@ class Emulator:
             return web.Response(text=_HTML, content_type="text/html", headers=_mark())
         self._in_flight += 1
         try:
-            answer = (await self._answer(body, f"{key}/{attempt}")).first(limit)
-            if draw.fault == "truncated":
-                answer = answer.first(max(1, int(draw.cut_at * (len(answer.reasoning) + len(answer.answer)))))
+            answer = (await self._answer(body, f"{key}/{attempt}")).first(limit).faulty(draw)
             if body.get("stream"):
                 return await _Stream(self.weather, draw, answer, arrived).send(request)
-            return await self._whole(draw, answer, arrived)
+            return await self._whole(request, draw, answer, arrived)
         finally:
             self._in_flight -= 1
 
@@ -218,14 +223,19 @@ class Emulator:
             self._recent.append(now)
         return None
 
-    async def _whole(self, draw: Draw, answer: _Answer, arrived: float) -> web.Response:
+    async def _whole(
+        self, request: web.Request, draw: Draw, answer: _Answer, arrived: float
+    ) -> web.StreamResponse:
         tokens = len(answer.reasoning) + len(answer.answer)
         await _until(arrived + draw.first_token_s + sum(draw.gaps_s(tokens - 1)))
+        if draw.fault in ("cut", "stalled", "queued"):
+            if draw.fault != "cut":
+                await _until(arrived + self.weather.queue_s)
+            return _hang_up(request, web.Response(headers=_mark()))
         message: dict[str, Any] = {"role": "assistant"}
         message |= _fields(self.weather, "".join(answer.reasoning), "".join(answer.answer))
-        finish = "content_filter" if draw.fault == "filtered" else answer.finish_reason
         body = _envelope(self.weather, "chat.completion") | {
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}],
             "usage": _usage(answer),
         }
         return web.json_response(body, headers=_mark())
@@ -248,13 +258,13 @@ class _Stream:
         if draw.fault == "queued":
             how = "comment" if weather.keep_alive == "none" else weather.keep_alive
             await self._wait(response, self._arrived + weather.queue_s, how)
-            return self._hang_up(request, response)
+            return _hang_up(request, response)
         at = self._arrived + draw.first_token_s
         await self._wait(response, at, weather.keep_alive)
         tokens = [("reasoning", t) for t in answer.reasoning] + [("answer", t) for t in answer.answer]
-        if draw.fault == "empty":
-            tokens = []
-        stop = int(len(tokens) * draw.cut_at) if draw.fault in ("cut", "stalled") else len(tokens)
+        stop = len(tokens)
+        if draw.fault in ("cut", "stalled"):
+            stop = max(1, int(stop * draw.cut_at))
         step = weather.tokens_per_chunk
         gaps = [0.0, *draw.gaps_s(len(tokens))]
         for begin in range(0, stop, step):
@@ -262,12 +272,11 @@ class _Stream:
             await _until(at)
             await self._tokens(response, tokens[begin : min(stop, begin + step)], begin == 0)
         if draw.fault == "cut":
-            return self._hang_up(request, response)
+            return _hang_up(request, response)
         if draw.fault == "stalled":
             await _until(self._arrived + weather.queue_s)
-            return self._hang_up(request, response)
-        finish = {"filtered": "content_filter"}.get(draw.fault or "", answer.finish_reason)
-        await self._chunk(response, {}, finish)
+            return _hang_up(request, response)
+        await self._chunk(response, {}, answer.finish_reason)
         if weather.usage:
             await self._event(response, self._envelope | {"choices": [], "usage": _usage(answer)})
         if weather.done:
@@ -317,11 +326,11 @@ class _Stream:
     async def _line(self, response: web.StreamResponse, line: str) -> None:
         await response.write(f"{line}{self._end}{self._end}".encode())
 
-    @staticmethod
-    def _hang_up(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-        if request.transport is not None:
-            request.transport.close()
-        return response
+
+def _hang_up(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.close()
+    return response
 
 
 async def _until(at: float) -> None:

@@ -64,7 +64,7 @@ class Weather:
         first_token_s, inter_token_s: medians, in seconds.
         spread: sigma of the log-normal that multiplies both; 0: constant.
         seed: of all draws.
-        peak_hours: (from, to) in hours of the day in `timezone`, in which both are multiplied by `peak_factor`.
+        peak_hours: (from, to) in hours of the day in `timezone`; both are multiplied by `peak_factor` then.
         requests_per_minute, max_in_flight: beyond them the answer is 429 with Retry-After.
         faults: share of requests for each outcome, adding up to at most 1.
         queue_s: how long a `queued` request is kept alive before the connection is closed.

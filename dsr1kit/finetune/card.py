@@ -32,6 +32,7 @@ def write_card(
     parameters: int,
     sampled: Sequence[Score],
     greedy: Sequence[Score],
+    instructed: Sequence[Score] = (),
     tokens_per_s: float | None = None,
     hardware: str = "",
 ) -> Path:
@@ -44,6 +45,7 @@ def write_card(
         parameters: number of weights.
         sampled: accuracy at R1's sampling.
         greedy: accuracy at temperature 0.
+        instructed: accuracy at R1's sampling with R1's instruction for mathematics after each question.
         tokens_per_s: streaming speed on one core; None: not measured.
         hardware: on what it was trained, in words.
     """
@@ -62,6 +64,7 @@ def write_card(
         "curve": asdict(curve),
         "sampled": [asdict(score) for score in sampled],
         "greedy": [asdict(score) for score in greedy],
+        "instructed": [asdict(score) for score in instructed],
     }
     place = Path(folder)
     (place / _DATA).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -85,10 +88,11 @@ def render_card(facts: dict[str, Any]) -> str:
     kinds = [score["kind"] for score in facts["sampled"]]
     by_kind = {
         name: {score["kind"]: f"{_percent(score)} (n={score['n']})" for score in facts[name]}
-        for name in ("sampled", "greedy")
+        for name in ("sampled", "instructed", "greedy")
     }
     rows = [
         f"| {kind} | {'no' if kind in UNTAUGHT else 'yes'} | {by_kind['sampled'][kind]} "
+        f"| {by_kind['instructed'].get(kind, 'not measured')} "
         f"| {by_kind['greedy'].get(kind, 'not measured')} |"
         for kind in kinds
     ]
@@ -118,21 +122,23 @@ operands on the training or the held-out side (about one in eight held out), ins
 no held-out operation was trained on. {", ".join(UNTAUGHT)} were never taught; they are there for
 fine-tuning to teach.
 
-Made by `{NOTEBOOK}` with the parameters below: {facts["training_tokens"]:,} tokens in
+Made by the steps of `{NOTEBOOK}`, with the parameters below:
+{facts["training_tokens"]:,} tokens in
 {facts["training_s"] / 60:.1f} minutes{" on " + facts["hardware"] if facts["hardware"] else ""}; final loss
 {facts["final_loss"]:.4f} nats a token. Python {versions["python"]}, torch {versions["torch"]}, transformers
 {versions["transformers"]}, tokenizers {versions["tokenizers"]}. Another processor or thread count rounds
-otherwise and ends at other weights of about the same accuracy.
+otherwise, so it need not end at the same weights.
 
 | parameter | value |
 |---|---|
 {settings}
 
 ## Accuracy
-On held-out problems, in percent, with Wilson 95 % intervals. Sampled: temperature 0.6, top-p 0.95, one draw.
+On held-out problems, in percent, with Wilson 95 % intervals. Sampled: temperature 0.6, top-p 0.95, one draw
+a problem. Instructed: R1's instruction for mathematics follows the question, as in `dsr1kit compare`.
 
-| kind | taught | sampled | greedy |
-|---|---|---|---|
+| kind | taught | sampled | sampled, instructed | greedy |
+|---|---|---|---|---|
 {chr(10).join(rows)}
 
 {f"Speed: about {speed:.0f} tokens/s, streamed on one core." if speed else ""}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Quantization = Literal["none", "8bit", "4bit"]
 QUANTIZATIONS = ("none", "8bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SMALL = 50_000_000  # parameters below which half precision saves nothing worth its rounding
+SMALL = 50_000_000  # parameters below which half precision saves nothing worth its rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,27 @@ def choose_dtype(parameters: int, device: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the GPU multiplies bfloat16 natively"
         return "float16", "the GPU has no native bfloat16 (compute capability below 8)"
-    if parameters < _SMALL:
+    if parameters < SMALL:
         return "float32", "so small a model is bound by calls, not by memory: rounding would buy no speed"
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _cpu_flags():
         return "bfloat16", "the processor multiplies bfloat16 (avx512_bf16)"
     return "float32", "the processor has no bfloat16 products"
+
+
+@contextlib.contextmanager
+def threads_for(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads in the block, for work begun by the calling thread; None: no change."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cpu_flags() -> str:

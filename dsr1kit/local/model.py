@@ -15,7 +15,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from dsr1kit.errors import ModelError, UnknownName, UsageError
-from dsr1kit.local.load import DTYPES, QUANTIZATIONS, LoadedModel, Quantization, load, locate, quiet
+from dsr1kit.local.load import (
+    DTYPES,
+    QUANTIZATIONS,
+    SMALL,
+    LoadedModel,
+    Quantization,
+    load,
+    locate,
+    quiet,
+    threads_for,
+)
 from dsr1kit.local.reading import Kind, Text, judged, read, timing_of
 from dsr1kit.records import (
     R1_SAMPLING,
@@ -43,7 +53,8 @@ class LocalModel:
         device: `auto` (CUDA where there is one, else CPU) or torch's name for one.
         dtype: `auto` (see `choose_dtype`), `float32`, `bfloat16` or `float16`.
         name: of the Backend in records; `local:<source>` when None.
-        threads: torch's threads for this model; None leaves torch's choice.
+        threads: torch's threads for this model; None: torch's choice, and one for single answers of a
+            model below 50 million parameters.
 
     Raises:
         UnknownName, UsageError: an option or a source that cannot be meant.
@@ -241,8 +252,10 @@ class LocalModel:
         from dsr1kit.local.generate import generate_rows
 
         loaded = self.loaded
+        # A single row of a small model is too little work to share: threads would only wait for each other.
+        alone = loaded.parameters < SMALL and loaded.device == "cpu" and len(prompts) == 1
         try:
-            with quiet(python_warnings=False):
+            with quiet(python_warnings=False), threads_for(1 if alone and self._threads is None else None):
                 return generate_rows(
                     loaded.model,
                     loaded.marks,

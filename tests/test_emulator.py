@@ -1,0 +1,429 @@
+"""The emulated provider through the real client: every fault, the paces, the dialects, its process and its model."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import aiohttp
+import pytest
+
+from dsr1kit.backends import open_backend, price_of
+from dsr1kit.emulator.channel import EmulatedChannel
+from dsr1kit.emulator.server import Emulator
+from dsr1kit.emulator.weather import FAULTS, load_weather
+from dsr1kit.errors import ConfigError, RunError, UnknownName, UsageError
+from dsr1kit.records import Outcome, Sampling
+
+QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
+SCRIPT = "<think>\\n12 + 30: tens 4, ones 2. 好。\\n</think>\\n\\nThe answer is 42 😀."
+REASONING, ANSWER = "12 + 30: tens 4, ones 2. 好。", "The answer is 42 😀."
+NOON = dt.datetime(2026, 11, 23, 12, 30, tzinfo=dt.UTC)
+
+
+@pytest.fixture
+def weather_file(tmp_path):
+    """Writes a weather file: scripted, with the tables that are given."""
+    numbers = itertools.count()
+
+    def write(text="", model=f'script = "{SCRIPT}"'):
+        path = tmp_path / f"weather{next(numbers)}.toml"
+        path.write_text(f"[model]\n{model}\n{text}", encoding="utf-8")
+        return path
+
+    return write
+
+
+def serve(path, scenario, now=None):
+    """Run `scenario(url, emulator, backend channel)` against an emulator in this process."""
+
+    async def inside():
+        emulator = Emulator(load_weather(path), now=now)
+        async with emulator.listen() as url:
+            return await scenario(EmulatedChannel(path)._channel(url), emulator)
+
+    return asyncio.run(inside())
+
+
+def ask(path, times=1, sampling=None, now=None, **clocks):
+    async def scenario(channel, emulator):
+        async with channel.open(**clocks) as r1:
+            return [await r1.ask(QUESTION, sampling or Sampling(seed=1)) for _ in range(times)]
+
+    replies = serve(path, scenario, now)
+    return replies[0] if times == 1 else replies
+
+
+# Faults.
+@pytest.mark.parametrize("keep_alive", ["none", "comment"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_has_exactly_its_outcome(weather_file, fault, keep_alive):
+    path = weather_file(
+        f'[faults]\n{fault} = 1.0\n[latency]\nfirst_token_s = 0.05\n'
+        f'[dialect]\nkeep_alive = "{keep_alive}"\nkeep_alive_s = 0.02'
+    )  # fmt: skip
+    reply = ask(path, first_token_s=0.4, stall_s=0.2)
+    assert reply.outcome.value == fault, reply.detail
+    assert reply.emulated
+
+
+@pytest.mark.parametrize("fault", ["truncated", "cut"])
+def test_faults_inside_a_one_word_answer(weather_file, fault):
+    assert ask(weather_file(f"[faults]\n{fault} = 1.0", 'script = "42"')).outcome.value == fault
+
+
+def test_faults_of_a_request_that_wants_no_stream(weather_file):
+    async def scenario(channel, emulator):
+        async with aiohttp.ClientSession() as session:
+            url = channel.base_urls[0] + "/chat/completions"
+            async with session.post(url, json={"messages": QUESTION}) as response:
+                return await response.json()
+
+    choices = {}
+    for fault in ("empty", "filtered", "truncated"):
+        choices[fault] = serve(weather_file(f"[faults]\n{fault} = 1.0"), scenario)["choices"][0]
+    assert not choices["empty"]["message"]["content"]
+    assert choices["filtered"]["finish_reason"] == "content_filter"
+    assert choices["truncated"]["finish_reason"] == "length"
+    for fault in ("cut", "queued", "stalled"):
+        with pytest.raises(aiohttp.ClientError):
+            serve(weather_file(f"[faults]\n{fault} = 1.0\n[dialect]\nqueue_s = 0.05"), scenario)
+
+
+def test_shares_are_about_kept_and_the_rest_is_sound(weather_file):
+    weather = load_weather(weather_file("[faults]\nthrottled = 0.3\ncut = 0.2"))
+    faults = [weather.draw(f"q{i}", "1", 0, NOON).fault for i in range(2000)]
+    assert 0.25 < faults.count("throttled") / 2000 < 0.35
+    assert 0.15 < faults.count("cut") / 2000 < 0.25
+    assert set(faults) == {"throttled", "cut", None}
+
+
+def test_draws_depend_on_seed_question_request_seed_and_attempt_alone(weather_file):
+    weather = load_weather(weather_file("[latency]\nfirst_token_s = 1.0\ninter_token_s = 0.1\nspread = 0.5"))
+
+    def drawn(*what, of=weather):
+        draw = of.draw(*what, NOON)
+        return draw.first_token_s, draw.fault, draw.cut_at, tuple(draw.gaps_s(5))
+
+    same = drawn("q", "1", 0)
+    drawn("other", "1", 0)
+    assert drawn("q", "1", 0) == same
+    seeded = load_weather(
+        weather_file("[latency]\nfirst_token_s = 1.0\ninter_token_s = 0.1\nspread = 0.5\nseed = 9")
+    )
+    others = [drawn("p", "1", 0), drawn("q", "2", 0), drawn("q", "1", 1), drawn("q", "1", 0, of=seeded)]
+    assert len({same, *others}) == 5
+
+
+def test_outcomes_do_not_depend_on_the_order_of_arrival(weather_file):
+    path = weather_file("[faults]\noverloaded = 0.3\nempty = 0.3\n[latency]\nfirst_token_s = 0.01\nspread = 1.0")
+
+    async def scenario(channel, emulator):
+        outcomes = []
+        for order in (range(12), reversed(range(12))):
+            fresh = Emulator(emulator.weather)
+            async with fresh.listen() as url, EmulatedChannel(path)._channel(url).open() as r1:
+
+                async def one(i, r1=r1):
+                    questions = [{"role": "user", "content": f"question {i % 6}"}]
+                    return i, (await r1.ask(questions, Sampling(seed=5, sample=i // 6))).outcome
+
+                outcomes.append(dict(await asyncio.gather(*(one(i) for i in order))))
+        return outcomes
+
+    first, second = serve(path, scenario)
+    assert first == second
+    assert len(set(first.values())) > 1
+
+
+# Pace.
+def test_constant_latency_is_kept(weather_file):
+    reply = ask(weather_file("[latency]\nfirst_token_s = 0.15\ninter_token_s = 0.02"))
+    assert reply.outcome is Outcome.OK
+    assert reply.timing.first_token_s >= 0.145
+    assert reply.timing.inter_token_s >= 0.018
+    assert reply.timing.total_s >= 0.145 + 0.018 * (reply.usage.completion_tokens - 1)
+
+
+def test_spread_latency_is_log_normal_about_its_median(weather_file):
+    weather = load_weather(weather_file("[latency]\nfirst_token_s = 0.2\nspread = 0.5"))
+    drawn = sorted(weather.draw(f"q{i}", "1", 0, NOON).first_token_s for i in range(4000))
+    assert statistics.median(drawn) == pytest.approx(0.2, rel=0.06)
+    assert drawn[int(0.8413 * 4000)] / 0.2 == pytest.approx(1.6487, rel=0.08)  # e ** 0.5: one sigma up
+    assert drawn[0] > 0
+
+
+def test_peak_hours_multiply_both_paces_in_their_time_zone(weather_file):
+    weather = load_weather(
+        weather_file(
+            "[latency]\nfirst_token_s = 0.2\ninter_token_s = 0.01\n"
+            '[peak]\nhours = [[10, 12], "20.5-21"]\nfactor = 3.0\ntimezone = "Asia/Shanghai"'
+        )
+    )
+
+    def at(hour, minute=0):
+        draw = weather.draw("q", "1", 0, dt.datetime(2026, 11, 23, hour, minute, tzinfo=dt.UTC))
+        return round(draw.first_token_s, 6), round(draw.gaps_s(1)[0], 6)
+
+    calm, busy = (0.2, 0.01), (0.6, 0.03)
+    assert [at(1, 59), at(2), at(3, 59), at(4)] == [calm, busy, busy, calm]
+    assert [at(12, 29), at(12, 30), at(13)] == [calm, busy, calm]
+
+
+def test_a_peak_hour_slows_the_real_answer_down(weather_file):
+    path = weather_file("[latency]\nfirst_token_s = 0.05\n[peak]\nhours = [[12, 13]]\nfactor = 5")
+    assert ask(path, now=lambda: NOON).timing.first_token_s >= 0.245
+
+
+def test_keep_alives_come_while_waiting_and_are_no_first_token(weather_file):
+    for how in ("comment", "blank"):
+        path = weather_file(
+            f'[latency]\nfirst_token_s = 0.2\n[dialect]\nkeep_alive = "{how}"\nkeep_alive_s = 0.03'
+        )
+        reply = ask(path)
+        assert reply.outcome is Outcome.OK
+        assert reply.extra["keep_alives"] >= 2
+        assert reply.timing.first_token_s >= 0.195
+
+
+# Limits.
+def test_requests_beyond_the_limits_are_429_with_retry_after(weather_file):
+    first, second, third = ask(weather_file("[limits]\nrequests_per_minute = 2"), times=3)
+    assert (first.outcome, second.outcome, third.outcome) == (Outcome.OK, Outcome.OK, Outcome.THROTTLED)
+    assert 1 <= int(third.headers["retry-after"]) <= 60
+
+    async def scenario(channel, emulator):
+        async with channel.open() as r1:
+            return await asyncio.gather(*(r1.ask(QUESTION) for _ in range(4)))
+
+    path = weather_file("[limits]\nmax_in_flight = 1\n[latency]\nfirst_token_s = 0.3")
+    outcomes = [r.outcome for r in serve(path, scenario)]
+    assert sorted(outcomes) == [Outcome.OK] + [Outcome.THROTTLED] * 3
+
+
+def test_a_client_that_goes_away_frees_its_place(weather_file):
+    async def scenario(channel, emulator):
+        async with channel.open(deadline_s=0.1) as hasty:
+            assert (await hasty.ask(QUESTION)).outcome is Outcome.DEADLINE
+        async with asyncio.timeout(5):
+            while emulator._in_flight:
+                await asyncio.sleep(0.005)
+
+    serve(weather_file("[limits]\nmax_in_flight = 1\n[latency]\nfirst_token_s = 60.0"), scenario)
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"{}", b'{"messages": []}', b'{"messages": [7]}',
+             b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}',
+             b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}'],
+)  # fmt: skip
+def test_broken_requests_are_400(weather_file, body):
+    async def scenario(channel, emulator):
+        async with aiohttp.ClientSession() as session:
+            async with session.post(channel.base_urls[0] + "/chat/completions", data=body) as response:
+                return response.status, await response.json()
+
+    status, told = serve(weather_file(), scenario)
+    assert status == 400
+    assert told["error"]["message"]
+
+
+# Dialects.
+DIALECTS = {
+    "plain": "",
+    "reasoning": 'reasoning = "reasoning"',
+    "inline": 'reasoning = "inline"',
+    "prefilled": 'reasoning = "prefilled"',
+    "crlf": "crlf = true",
+    "no usage": "usage = false",
+    "no done": "done = false",
+    "three tokens a chunk": "tokens_per_chunk = 3",
+    "inline, seven a chunk": 'reasoning = "inline"\ntokens_per_chunk = 7\ncrlf = true',
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_gives_the_same_parts(weather_file, dialect):
+    reply = ask(weather_file(f"[dialect]\n{DIALECTS[dialect]}"))
+    assert (reply.outcome, reply.reasoning, reply.answer) == (Outcome.OK, REASONING, ANSWER)
+    assert reply.emulated
+    assert reply.model_served == "scripted-r1"
+    assert reply.timing.first_answer_s is not None
+    assert reply.usage.source == ("estimated" if dialect == "no usage" else "provider")
+    if "chunk" in dialect:
+        assert reply.extra["chunks"] < reply.usage.completion_tokens
+
+
+def test_max_tokens_stops_by_length(weather_file):
+    reply = ask(weather_file(), sampling=Sampling(max_tokens=3))
+    assert (reply.outcome, reply.usage.completion_tokens) == (Outcome.TRUNCATED, 3)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "inline", "prefilled"])
+def test_a_request_without_stream_gets_one_json(weather_file, field):
+    async def scenario(channel, emulator):
+        async with aiohttp.ClientSession() as session:
+            url = channel.base_urls[0] + "/chat/completions"
+            async with session.post(url, json={"messages": QUESTION, "temperature": None}) as response:
+                assert response.headers["x-dsr1kit-emulated"] == "1"
+                return await response.json()
+
+    whole = serve(weather_file(f'[dialect]\nreasoning = "{field}"'), scenario)
+    message = whole["choices"][0]["message"]
+    if field in ("inline", "prefilled"):
+        assert message["content"].startswith("<think>") == (field == "inline")
+        assert message["content"].endswith(f"\n</think>\n\n{ANSWER}")
+    else:
+        assert (message[field], message["content"]) == (REASONING, ANSWER)
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+
+
+def test_models_are_listed(weather_file):
+    async def scenario(channel, emulator):
+        async with aiohttp.ClientSession() as session, session.get(channel.base_urls[0] + "/models") as response:
+            return await response.json()
+
+    assert [m["id"] for m in serve(weather_file(), scenario)["data"]] == ["scripted-r1"]
+
+
+# Its own process.
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - gone any moment
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, within_s=20.0):
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_channel_brings_its_process_and_takes_it_away(weather_file):
+    path = weather_file("[price]\ninput = 1.0\noutput = 2.0")
+    name = f"emulated:{path}"
+
+    async def inside():
+        async with open_backend(name, {}) as r1:
+            pid = r1._process.pid
+            assert alive(pid)
+            return await r1.ask(QUESTION), pid
+
+    reply, pid = asyncio.run(inside())
+    assert (reply.outcome, reply.answer, reply.emulated, reply.channel) == (Outcome.OK, ANSWER, True, name)
+    assert not alive(pid)
+    assert price_of(name, {}).output == 2.0
+
+
+def test_a_channel_that_cannot_start_says_why(weather_file):
+    async def inside(path):
+        async with EmulatedChannel(path):
+            pass
+
+    with pytest.raises(RunError, match="no-such-model"):
+        asyncio.run(inside(weather_file(model='name = "./no-such-model"')))
+
+
+def test_wrong_limits_start_no_process(weather_file):
+    async def inside():
+        channel = EmulatedChannel(weather_file(), first_token_s=0.0)
+        with pytest.raises(UsageError, match="first_token_s"):
+            await channel.__aenter__()
+        assert channel._process is None
+
+    asyncio.run(inside())
+
+
+def test_unopened_and_unknown_are_usage_errors(weather_file):
+    with pytest.raises(UsageError, match="async with"):
+        asyncio.run(EmulatedChannel(weather_file()).ask(QUESTION))
+    with pytest.raises(UnknownName, match="calm"):
+        open_backend("emulated:clam")
+    with pytest.raises(ConfigError, match="no such weather file"):
+        open_backend("emulated:./nowhere/x.toml")
+
+
+def test_no_emulator_outlives_a_killed_parent(weather_file):
+    code = (
+        "import asyncio, sys\n"
+        "from dsr1kit.emulator.channel import EmulatedChannel\n"
+        "async def main():\n"
+        "    async with EmulatedChannel(sys.argv[1]) as c:\n"
+        "        print(c._process.pid, flush=True)\n"
+        "        await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", code, str(weather_file())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.send_signal(signal.SIGKILL)
+    wait_until(lambda: not alive(pid))
+
+
+def emulate(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsr1kit", "emulate", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "500"},
+    )  # fmt: skip
+
+
+def test_the_command_tells_its_url_first_ends_on_a_signal_and_refuses_a_taken_port(weather_file):
+    path = weather_file()
+    with emulate(path) as first:
+        told = json.loads(first.stdout.readline())
+        assert list(told) == ["url"]
+        port = told["url"].removeprefix("http://127.0.0.1:").removesuffix("/v1")
+        with emulate(path, "--port", port) as second:
+            out, err = second.communicate(timeout=60)
+        assert (second.returncode, out) == (2, "")
+        assert f"port {port}" in err
+        assert "--port" in err
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=20)
+        assert first.returncode == 0
+
+
+def test_a_broken_weather_file_is_a_usage_error(weather_file):
+    with emulate(weather_file("[faults]\nbusy = 0.1")) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "busy" in err
+
+
+# With a model.
+MODEL = 'name = "tiny-r1"\ntemperature = 0.8'
+DRAWS = [Sampling(max_tokens=60, seed=3, sample=i) for i in range(3)]
+
+
+def test_prepared_answers_add_no_computing_and_seeds_repeat_over_processes(weather_file):
+    path = weather_file("[latency]\nfirst_token_s = 0.05\nseed = 4", MODEL)
+
+    async def inside():
+        async with EmulatedChannel(path) as one, EmulatedChannel(path) as two:
+            prepared = []
+            await one.prepare([(QUESTION, s) for s in DRAWS], prepared.append)
+            assert sum(prepared) == len(DRAWS)
+            first = [await one.ask(QUESTION, s) for s in DRAWS]
+            second = [await two.ask(QUESTION, s) for s in reversed(DRAWS)]
+            return first, second[::-1]
+
+    first, second = asyncio.run(inside())
+    assert all(r.emulated and r.model_served == "tiny-r1" and r.usage.completion_tokens for r in first)
+    texts = [(r.reasoning, r.answer) for r in first]
+    assert texts == [(r.reasoning, r.answer) for r in second]
+    assert len(set(texts)) > 1
+    # Generated beforehand, an answer comes at its pace; the same answer generated on demand costs more.
+    assert min(r.timing.first_token_s for r in first) >= 0.045
+    assert min(r.timing.first_token_s for r in first) < min(r.timing.first_token_s for r in second)
