@@ -27,7 +27,7 @@ PYTEST = $(CALM) $(PY) -m pytest
 STEPS := lint types unit nbval papermill wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow lint $(addprefix step-,$(STEPS))
+.PHONY: help run test notebooks slow lint $(addprefix step-,$(STEPS))
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -44,13 +44,19 @@ test: $(VENV)/.installed-test  ## lint, types, unit tests, all notebooks two way
 		else printf '== %s: FAILED, %s s\n' "$$step" "$$((SECONDS - began))"; exit 1; fi; \
 	done; printf '\n== all steps ok, %s s\n' "$$SECONDS"
 
+notebooks: $(VENV)/.installed-test  ## run all notebooks and save them with their outputs
+	$(CALM) $(PY) tests/notebooks/refresh.py
+
 slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package registry, minutes
 	$(PYTEST) -m slow tests
 
 lint: $(VENV)/.installed-test  ## ruff and mypy alone
 	@$(MAKE) --no-print-directory step-lint step-types
 
-step-slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package registry, minutes
+step-notebooks: $(VENV)/.installed-test  ## run all notebooks and save them with their outputs
+	$(CALM) $(PY) tests/notebooks/refresh.py
+
+slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package registry, minutes
 	$(PYTEST) -m slow tests
 
 lint: $(VENV)/.installed-test

@@ -198,7 +198,8 @@ async def main(streams: list[int], repeat: int) -> None:
     await with_aiohttp(url, 2)
     await server_lateness_ms(url)
     print(f"script: first token at {FIRST_MS:g} ms, then every {GAP_MS:g} ms, {TOKENS} tokens; "
-          f"{WAVES} requests a stream; medians of {repeat} runs, in turn; Python {sys.version.split()[0]}")  # fmt: skip
+          f"{WAVES} requests a stream; medians of {repeat} runs, in turn; "
+          f"Python {sys.version.split()[0]}")  # fmt: skip
     print(f"{'streams':>7}  {'client':<8} {'first token bias':>16} {'p99':>8} {'server':>8} "
           f"{'inter-token bias':>16} {'CPU/request':>12} {'CPU ratio':>9}")  # fmt: skip
     for n in streams:

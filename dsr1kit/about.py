@@ -1,4 +1,4 @@
-"""What a result was made with: versions of the packages that matter, and the hardware. Imports none of them."""
+"""What a result was made with: versions of the packages that matter, and the hardware; imports none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import subprocess
 from typing import Any
 
 _PACKAGES = (
-    "dsr1kit", "aiohttp", "httptools", "torch", "transformers", "tokenizers", "bitsandbytes", "accelerate", "peft",
-    "trl", "datasets", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbclient", "ipykernel",
+    "dsr1kit", "aiohttp", "httptools", "torch", "transformers", "tokenizers", "bitsandbytes", "accelerate",
+    "peft", "trl", "datasets", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbclient", "ipykernel",
 )  # fmt: skip
 
 

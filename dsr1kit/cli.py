@@ -92,6 +92,7 @@ def _print_json(value: object) -> None:
 def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
     """List the catalogue: status, price, key present, retirement."""
     from rich.table import Table
+    from rich.text import Text
 
     from dsr1kit.access.channels import load_channels
 
@@ -116,17 +117,26 @@ def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
         _print_json({"channels": rows})
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("channel", "status", "in/out per 1M", "retires", "model"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=1 if title == "model" else None)
+    cells = []
     for row in rows:
         price = row["price"]
         cost = (
             f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
         )
-        table.add_row(
-            str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"])
+        cells.append(
+            (str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"]))
         )
-    Console(highlight=False).print(table)
+    titles = ("channel", "status", "in/out per 1M", "retires", "model")
+    for title, column in zip(titles, zip(*cells, strict=True), strict=True):
+        # In a narrow window the model alone gives way: names, variables and prices are there to be copied.
+        least = None if title == "model" else max(map(len, (title, *column)))
+        table.add_column(title, no_wrap=True, overflow="ellipsis", min_width=least)
+    for line in cells:
+        table.add_row(*(Text(cell) for cell in line))
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 200
+    out.print(table)
 
 
 @app.command()
@@ -185,13 +195,19 @@ def ask(
         print(f"dsr1kit: {redact(reply.detail)}", file=sys.stderr)
 
 
+class _Pipe(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process from within a callback of the connection; main() knows what to do.
+        raise BrokenPipeError("the reader has left")
+
+
 class _Shown:
     """An answer on stdout as it arrives, thinking dimmed; each word whole, so that no key slips through."""
 
     _WORD = re.compile(r"(?:[Bb]earer )?[!-~]*\Z")
 
     def __init__(self) -> None:
-        self._out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._out = _Pipe(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._kind = self._held = ""
         self._begun = False
 

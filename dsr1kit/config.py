@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,8 @@ class Table:
         value = self._get(key, default, False)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
+        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if not finite or isinstance(value, bool):
             raise self.error(key, f"expected a number, not {_shown(value)}")
         if not low <= value <= high:
             wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

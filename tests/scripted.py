@@ -149,7 +149,7 @@ class Scripted:
     async def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
         """Wait for what the server will have noticed soon."""
         async with asyncio.timeout(within_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - what is waited for happens in many places
                 await asyncio.sleep(0.002)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -255,7 +255,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def certificate(folder: Path) -> tuple[ssl.SSLContext, Path] | None:
-    """A server context with a self-signed certificate for 127.0.0.1, and the certificate's file; None: no openssl."""
+    """A server context with a self-signed certificate, and the certificate's file; None: no openssl."""
     openssl = shutil.which("openssl")
     if openssl is None:
         return None

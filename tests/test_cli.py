@@ -57,7 +57,7 @@ def script(path: Path, answer: str = "<think>\nFirst this.\n</think>\n\nThen 42.
 class Echo(BaseHTTPRequestHandler):
     """A provider that says back the key it was sent: in errors, in answers cut into small pieces, as HTML."""
 
-    def do_POST(self) -> None:  # noqa: N802 - the base class's name
+    def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         key = self.headers.get("Authorization", "Bearer none")
         if self.path.startswith("/html"):
@@ -105,7 +105,7 @@ def catalogue(folder: Path, echo: str) -> Path:
     return path
 
 
-# --- what cannot be meant: exit 2 ---------------------------------------------------------------------------
+# --- what cannot be meant: exit 2 ------------------------------------------------------------------------
 
 
 def test_unknown_names_are_told_with_the_nearest(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_wrong_values_are_usage(tmp_path: Path, arguments: tuple[str, ...]) -> N
     assert not (tmp_path / "run").exists()
 
 
-# --- it ran and the answer is bad: exit 1 -------------------------------------------------------------------
+# --- it ran and the answer is bad: exit 1 ----------------------------------------------------------------
 
 
 def test_an_endpoint_that_answers_html_fails_the_run_and_says_why(tmp_path: Path, echo: str) -> None:
@@ -247,7 +247,7 @@ def test_an_endpoint_that_answers_html_fails_the_run_and_says_why(tmp_path: Path
     assert "base_url" in done.stderr
 
 
-# --- what goes well -----------------------------------------------------------------------------------------
+# --- what goes well --------------------------------------------------------------------------------------
 
 
 def test_channels_lists_the_catalogue_and_my_own(tmp_path: Path, echo: str) -> None:
@@ -256,7 +256,8 @@ def test_channels_lists_the_catalogue_and_my_own(tmp_path: Path, echo: str) -> N
     assert rows["answer"]["key_present"] is False
     assert len(rows) > 3
     table = dsr1kit("channels", *file, ECHO_KEY=SECRET).stdout
-    assert "answer" in table
+    assert all(f"{name} " in table and r["model"] in table for name, r in rows.items())
+    assert SECRET not in table
     by_variable = dsr1kit("channels", "--json", DSR1KIT_CHANNELS=str(file[1]), ECHO_KEY=SECRET)
     rows = {r["name"]: r for r in one_object(by_variable.stdout)["channels"]}
     assert rows["answer"]["key_present"] is True
@@ -274,6 +275,18 @@ def test_ask_shows_the_reasoning_and_then_the_answer(tmp_path: Path) -> None:
     assert told["reasoning"].strip() == "First [b]this[/b]."
     assert told["emulated"] is True
     assert told["timing"]["first_token_s"] > 0
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    slow = script(tmp_path / "w.toml", "word " * 400, "[latency]\ninter_token_s = 0.005\n")
+    command = [sys.executable, "-m", "dsr1kit", "ask", "x", "--channel", f"emulated:{slow}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(20)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == b""
 
 
 def test_a_truncated_answer_is_shown_and_told(tmp_path: Path) -> None:
@@ -330,7 +343,7 @@ def test_interrupting_a_comparison_leaves_a_run_that_goes_on(tmp_path: Path) -> 
     assert read_records(records)[: len(kept)] == kept
 
 
-# --- notebooks ------------------------------------------------------------------------------------------------
+# --- notebooks -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -348,8 +361,8 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parameters_come_as_name_and_value_whatever_the_value_holds(notebook: Path, tmp_path: Path) -> None:
     done = dsr1kit(
-        "run", notebook, "-p", "shift", "-3", "--parameter", "title", "a=b, c = --d", "--out", tmp_path, "--json",
-        "--quiet",
+        "run", notebook, "-p", "shift", "-3", "--parameter", "title", "a=b, c = --d", "--out", tmp_path,
+        "--json", "--quiet",
     )  # fmt: skip
     told = one_object(done.stdout)
     assert (told["status"], told["results"]) == ("ok", {"shift": -3.0, "title": "a=b, c = --d"})
@@ -373,11 +386,20 @@ def test_wrong_parameters_are_usage(
     assert told in refused("run", notebook, "--out", tmp_path, "--json", *arguments)
 
 
+def test_a_failing_notebook_is_one_object_and_exit_1(tmp_path: Path) -> None:
+    nb = new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}})
+    nb.cells = [new_code_cell("raise ValueError('too early')")]
+    nbformat.write(nb, tmp_path / "bad.ipynb")
+    done = dsr1kit("run", tmp_path / "bad.ipynb", "--out", tmp_path / "out", "--json", code=1)
+    assert one_object(done.stdout)["status"] == "failed"
+    assert "too early" in done.stderr
+
+
 def test_an_unknown_notebook_is_told() -> None:
     assert "unknown notebook 'no_such_thing'" in refused("run", "no_such_thing", "--json")
 
 
-# --- keys -----------------------------------------------------------------------------------------------------
+# --- keys ------------------------------------------------------------------------------------------------
 
 
 def test_a_key_the_server_echoes_is_in_no_output_and_no_file(tmp_path: Path, echo: str) -> None:

@@ -11,6 +11,7 @@ import gzip
 import json
 import socket
 import zlib
+from itertools import pairwise
 
 import pytest
 from scripted import (
@@ -95,12 +96,14 @@ def test_times_are_those_of_the_script():
     assert t.inter_token_s == pytest.approx((t.total_s - t.first_token_s) / 5)
     assert len(t.gaps_s) == 3
     assert sum(t.gaps_s) == pytest.approx(t.total_s - t.first_token_s)
-    assert all(near(gap, 0.05) or gap > 0.02 for gap in t.gaps_s)
+    assert all(gap > 0.02 for gap in t.gaps_s)
     assert reply.extra == {"keep_alives": 1, "chunks": 4}
 
 
 def test_several_tokens_in_one_chunk_count_by_usage():
-    reply, _ = play(response(delta(content="a b c"), (0.1, delta(content="d", finish="stop") + usage(11, 0) + DONE)))
+    reply, _ = play(
+        response(delta(content="a b c"), (0.1, delta(content="d", finish="stop") + usage(11, 0) + DONE))
+    )
     assert near(reply.timing.inter_token_s * 10, 0.1)
 
 
@@ -227,7 +230,9 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch):
 
 
 def test_a_missing_key_is_told_on_entering():
-    channel = Channel(name="c", base_urls=("http://127.0.0.1:9/v1",), model="m", api_key_env="NO_SUCH_KEY_HERE")
+    channel = Channel(
+        name="c", base_urls=("http://127.0.0.1:9/v1",), model="m", api_key_env="NO_SUCH_KEY_HERE"
+    )
     with pytest.raises(MissingKey, match="NO_SUCH_KEY_HERE"):
         ask(channel)
 
@@ -245,7 +250,8 @@ def test_misuse_raises():
             channel.open(**clocks)
 
 
-def test_what_on_delta_raises_reaches_the_caller_once():
+@pytest.mark.parametrize("error", [KeyError("mine"), TimeoutError("mine")])
+def test_what_on_delta_raises_reaches_the_caller_once(error):
     calls = []
 
     async def inside():
@@ -259,15 +265,15 @@ def test_what_on_delta_raises_reaches_the_caller_once():
                 await r1.ask(QUESTION, on_delta=on_delta)
             await server.until(lambda: server.open_connections == 0)
 
-    for error in (KeyError("mine"), TimeoutError("mine")):
-        calls.clear()
-        asyncio.run(inside())
-        assert len(calls) == 1
+    asyncio.run(inside())
+    assert len(calls) == 1
 
 
 def test_deltas_arrive_live_and_add_up():
     async def inside():
-        script = response(delta(reasoning_content="a"), (0.1, delta(content="b")), (0.1, delta(finish="stop") + DONE))
+        script = response(
+            delta(reasoning_content="a"), (0.1, delta(content="b")), (0.1, delta(finish="stop") + DONE)
+        )
         async with Scripted(script) as server, server.channel().open() as r1:
             loop = asyncio.get_running_loop()
             start = loop.time()
@@ -297,14 +303,16 @@ CASES = {
         response(b"<html><title>502 Bad Gateway</title>", status=502), Outcome.OVERLOADED,
     ),
     "overloaded in the stream": (
-        response(delta(content="4") + delta(finish="insufficient_system_resource") + DONE), Outcome.OVERLOADED,
+        response(delta(content="4") + delta(finish="insufficient_system_resource") + DONE),
+        Outcome.OVERLOADED,
     ),
     "overloaded by event": (response(b'event: error\ndata: {"message":"busy"}\n\n'), Outcome.OVERLOADED),
     "cut": (response(delta(content="4"), CLOSE), Outcome.CUT),
     "cut by reset": (response(delta(content="4"), (0.02, b": x\n\n"), RESET), Outcome.CUT),
     "cut before headers": ([CLOSE], Outcome.CUT),
     "cut, length not reached": (
-        [(0.0, b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\n" + delta(content="4")), CLOSE], Outcome.CUT,
+        [(0.0, b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + delta(content="4")), CLOSE],
+        Outcome.CUT,
     ),
     "cut, but properly framed": (response(delta(content="4")), Outcome.CUT),
     "cut inside chunk framing": (
@@ -508,6 +516,15 @@ def test_tls_with_a_trusted_certificate(tls, monkeypatch):
     assert server.connections == 1
 
 
+def test_a_long_answer_over_tls_arrives_whole(tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls[1]))
+    words = [f"word{i} " for i in range(3000)]  # many TLS records in one read
+    reply, _ = play(
+        response(b"".join(delta(content=w) for w in words), delta(finish="stop") + DONE), tls=tls[0]
+    )
+    assert (reply.outcome, reply.answer) == (Outcome.OK, "".join(words))
+
+
 # Proxies.
 def test_an_http_proxy_gets_the_absolute_url_and_the_login():
     async def inside():
@@ -549,7 +566,10 @@ def test_a_proxy_that_refuses_the_tunnel_is_named():
     async def inside():
         async with ConnectProxy(1, status=407) as proxy:
             channel = Channel(
-                name="c", base_urls=("https://r1.example/v1",), model="m", proxy=f"http://127.0.0.1:{proxy.port}"
+                name="c",
+                base_urls=("https://r1.example/v1",),
+                model="m",
+                proxy=f"http://127.0.0.1:{proxy.port}",
             )
             async with channel.open() as r1:
                 return await r1.ask(QUESTION), proxy.port
@@ -588,6 +608,14 @@ def test_a_connection_that_went_stale_is_replaced_once_and_the_question_asked_on
     assert len(server.requests) == 2
     assert server.connections == 2
     assert not second.timing.connection_reused
+
+
+def test_a_reused_connection_that_ends_after_a_while_is_cut_since_the_question_was_taken(monkeypatch):
+    monkeypatch.setattr("dsr1kit.access.http._STALE_S", 0.05)
+    reply, server = play(OK, [(0.15, b""), CLOSE], OK, times=2)
+    assert reply.outcome is Outcome.CUT
+    assert reply.timing.connection_reused
+    assert len(server.requests) == 2
 
 
 def test_a_fresh_connection_that_ends_at_once_is_cut_and_not_asked_again():
@@ -629,9 +657,9 @@ def test_cancelling_one_leaves_the_others_alone():
 
 def test_a_response_nobody_asked_for_spoils_the_connection_only():
     async def inside():
-        async with Scripted([*OK, (0.0, b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")], OK) as server:
-            async with server.channel().open() as r1:
-                return [(await r1.ask(QUESTION)).outcome for _ in range(3)]
+        unasked = (0.0, b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")
+        async with Scripted([*OK, unasked], OK) as server, server.channel().open() as r1:
+            return [(await r1.ask(QUESTION)).outcome for _ in range(3)]
 
     assert asyncio.run(inside()) == [Outcome.OK] * 3
 
@@ -665,28 +693,28 @@ def test_a_long_answer_does_not_block_the_loop():
     chunks = b"".join(delta(content=f"{word}{i} ") for i in range(20_000))  # 5 MB
 
     async def inside():
-        async with Scripted(response(chunks, delta(finish="stop") + DONE)) as server:
-            async with server.channel().open() as r1:
-                loop = asyncio.get_running_loop()
-                ticks = [loop.time()]
+        script = response(chunks, delta(finish="stop") + DONE)
+        async with Scripted(script) as server, server.channel().open() as r1:
+            loop = asyncio.get_running_loop()
+            ticks = [loop.time()]
 
-                async def tick():
-                    while True:
-                        await asyncio.sleep(0.001)
-                        ticks.append(loop.time())
+            async def tick():
+                while True:
+                    await asyncio.sleep(0.001)
+                    ticks.append(loop.time())
 
-                ticker = asyncio.create_task(tick())
-                seen = []
-                reply = await r1.ask(QUESTION, on_delta=seen.append)
-                ticker.cancel()
-                return reply, seen, ticks
+            ticker = asyncio.create_task(tick())
+            seen = []
+            reply = await r1.ask(QUESTION, on_delta=seen.append)
+            ticker.cancel()
+            return reply, seen, ticks
 
     longest = []
     for _ in range(4):  # the machine may be the one that pauses
         reply, seen, ticks = asyncio.run(inside())
         assert reply.outcome is Outcome.OK
         assert len(seen) == 20_000
-        longest.append(max(b - a for a, b in zip(ticks, ticks[1:], strict=False)))
+        longest.append(max(b - a for a, b in pairwise(ticks)))
         if longest[-1] < 0.05:
             return
     pytest.fail(f"the loop stood still for {min(longest):.3f} s")
@@ -728,9 +756,8 @@ def test_less_than_one_request_a_minute_still_lets_the_first_pass():
 def test_tokens_per_minute_hold_the_next_request_back():
     async def inside():
         big = response(delta(content="42", finish="stop") + usage(5000, prompt=10) + DONE)
-        async with Scripted(big) as server:
-            async with server.channel(tokens_per_minute=1000).open(deadline_s=0.3) as r1:
-                return [(await r1.ask(QUESTION)).outcome for _ in range(2)]
+        async with Scripted(big) as server, server.channel(tokens_per_minute=1000).open(deadline_s=0.3) as r1:
+            return [(await r1.ask(QUESTION)).outcome for _ in range(2)]
 
     assert asyncio.run(inside()) == [Outcome.OK, Outcome.DEADLINE]
 

@@ -294,7 +294,7 @@ def gaps(dues: Sequence[float]) -> list[float]:
 def test_an_open_loop_has_seeded_random_moments_whatever_is_still_in_flight(
     stage: Stage, tmp_path: Path
 ) -> None:
-    stage.takes_s = 0.3
+    stage.takes_s = 0.7
     compare(tmp_path / "1", "a", "b", items=8, rate=100.0, seed=3, concurrency=1)
     first = [e["due"] for e in stage.log]
     assert max(e["begun"] for e in stage.log) < min(e["ended"] for e in stage.log)
@@ -447,6 +447,13 @@ def test_progress_tells_every_stage_to_its_end(stage: Stage, tmp_path: Path) -> 
     compare(tmp_path, "a", "local:tiny-r1", items=3, on_progress=lambda *t: told.append(t))
     assert [t for t in told if t[0] == "hosted"] == [("hosted", n, 3) for n in range(4)]
     assert [t for t in told if t[0] == "local tiny-r1"] == [("local tiny-r1", n, 3) for n in range(4)]
+
+
+def test_progress_has_no_stage_for_answers_that_are_ready(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    channel = weather(tmp_path, "w", "\\boxed{1}")
+    compare(tmp_path / "run", channel, items=2, on_progress=lambda *t: told.append(t))
+    assert {stage for stage, _, _ in told} == {"hosted"}
 
 
 # --- misuse, before anything is asked or made ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The emulated provider through the real client: every fault, the paces, the dialects, its process and its model."""
+"""The emulated provider through the real client: faults, paces, dialects, its process and its model."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_draws_depend_on_seed_question_request_seed_and_attempt_alone(weather_fi
 
 
 def test_outcomes_do_not_depend_on_the_order_of_arrival(weather_file):
-    path = weather_file("[faults]\noverloaded = 0.3\nempty = 0.3\n[latency]\nfirst_token_s = 0.01\nspread = 1.0")
+    path = weather_file(
+        "[faults]\noverloaded = 0.3\nempty = 0.3\n[latency]\nfirst_token_s = 0.01\nspread = 1.0"
+    )
 
     async def scenario(channel, emulator):
         outcomes = []
@@ -214,7 +216,7 @@ def test_a_client_that_goes_away_frees_its_place(weather_file):
         async with channel.open(deadline_s=0.1) as hasty:
             assert (await hasty.ask(QUESTION)).outcome is Outcome.DEADLINE
         async with asyncio.timeout(5):
-            while emulator._in_flight:
+            while emulator._in_flight:  # noqa: ASYNC110 - the emulator tells nobody
                 await asyncio.sleep(0.005)
 
     serve(weather_file("[limits]\nmax_in_flight = 1\n[latency]\nfirst_token_s = 60.0"), scenario)
@@ -227,9 +229,9 @@ def test_a_client_that_goes_away_frees_its_place(weather_file):
 )  # fmt: skip
 def test_broken_requests_are_400(weather_file, body):
     async def scenario(channel, emulator):
-        async with aiohttp.ClientSession() as session:
-            async with session.post(channel.base_urls[0] + "/chat/completions", data=body) as response:
-                return response.status, await response.json()
+        url = channel.base_urls[0] + "/chat/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, data=body) as response:
+            return response.status, await response.json()
 
     status, told = serve(weather_file(), scenario)
     assert status == 400
@@ -288,7 +290,10 @@ def test_a_request_without_stream_gets_one_json(weather_file, field):
 
 def test_models_are_listed(weather_file):
     async def scenario(channel, emulator):
-        async with aiohttp.ClientSession() as session, session.get(channel.base_urls[0] + "/models") as response:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(channel.base_urls[0] + "/models") as response,
+        ):
             return await response.json()
 
     assert [m["id"] for m in serve(weather_file(), scenario)["data"]] == ["scripted-r1"]
@@ -403,27 +408,27 @@ def test_a_broken_weather_file_is_a_usage_error(weather_file):
 
 
 # With a model.
-MODEL = 'name = "tiny-r1"\ntemperature = 0.8'
+MODEL = 'name = "tiny-r1"\ntemperature = 5.0'  # hot enough for draws to differ
 DRAWS = [Sampling(max_tokens=60, seed=3, sample=i) for i in range(3)]
 
 
 def test_prepared_answers_add_no_computing_and_seeds_repeat_over_processes(weather_file):
-    path = weather_file("[latency]\nfirst_token_s = 0.05\nseed = 4", MODEL)
+    path = weather_file("[latency]\nseed = 4", MODEL)
 
     async def inside():
         async with EmulatedChannel(path) as one, EmulatedChannel(path) as two:
-            prepared = []
-            await one.prepare([(QUESTION, s) for s in DRAWS], prepared.append)
+            questions, prepared = [(QUESTION, s) for s in DRAWS], []
+            await asyncio.gather(one.prepare(questions, prepared.append), two.prepare(questions))
             assert sum(prepared) == len(DRAWS)
             first = [await one.ask(QUESTION, s) for s in DRAWS]
             second = [await two.ask(QUESTION, s) for s in reversed(DRAWS)]
-            return first, second[::-1]
+            again = [await one.ask(QUESTION, s) for s in DRAWS]  # a second attempt was not prepared
+            return first, second[::-1], again
 
-    first, second = asyncio.run(inside())
+    first, second, again = asyncio.run(inside())
     assert all(r.emulated and r.model_served == "tiny-r1" and r.usage.completion_tokens for r in first)
     texts = [(r.reasoning, r.answer) for r in first]
     assert texts == [(r.reasoning, r.answer) for r in second]
     assert len(set(texts)) > 1
-    # Generated beforehand, an answer comes at its pace; the same answer generated on demand costs more.
-    assert min(r.timing.first_token_s for r in first) >= 0.045
-    assert min(r.timing.first_token_s for r in first) < min(r.timing.first_token_s for r in second)
+    # Generated beforehand, an answer comes at once; generated on demand it takes its computing.
+    assert min(r.timing.first_token_s for r in first) < min(r.timing.first_token_s for r in again)

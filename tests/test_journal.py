@@ -106,6 +106,16 @@ def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
         assert j.done()
 
 
+def test_a_run_that_never_asked_anything_gives_way_to_another(tmp_path: Path) -> None:
+    fill(tmp_path)
+    other = IDENTITY | {"items": 9}
+    with journal(tmp_path, other) as j:
+        j.append(record("x"))
+    with pytest.raises(UsageError, match=r"items \(9 there, 3 now\)"), journal(tmp_path):
+        pass
+    assert json.loads((tmp_path / "run.json").read_text())["identity"] == other
+
+
 def test_a_folder_that_is_in_use_is_refused_and_free_again_afterwards(tmp_path: Path) -> None:
     with journal(tmp_path) as j:
         j.append(record("x", "cut"))

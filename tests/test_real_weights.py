@@ -1,4 +1,4 @@
-"""The real loading path on weights that nobody here trained: SmolLM2-135M-Instruct as GGUF, from a package."""
+"""The real loading path on weights that nobody here trained: SmolLM2-135M-Instruct, a GGUF in a package."""
 
 import asyncio
 import subprocess
@@ -27,7 +27,8 @@ def test_a_gguf_file_answers_a_question_of_fact(smollm2):
     async def ask():
         async with LocalModel(smollm2) as r1:
             question = "What is the capital of France? Answer in one short sentence."
-            return await r1.ask([{"role": "user", "content": question}], Sampling(temperature=0.0, max_tokens=40))
+            messages = [{"role": "user", "content": question}]
+            return await r1.ask(messages, Sampling(temperature=0.0, max_tokens=40))
 
     reply = asyncio.run(ask())
     assert reply.outcome == "ok"

@@ -189,6 +189,10 @@ class ChannelClient:
             return f"nothing listens at {where} (connection refused)"
         return f"{where}: {error or type(error).__name__}"
 
+    def hide_key(self, text: str) -> str:
+        """`text` without this channel's key; cheaper than `keys.redact` on the measured path."""
+        return text.replace(self._key, keys.REDACTED) if self._key else text
+
     @property
     def clocks(self) -> tuple[float, float]:
         """First-token and stall limits, in seconds."""
@@ -367,7 +371,7 @@ class _Call(Exchange):
             usage=usage,
             due_at=self._due_at,
             http_status=self._status,
-            headers={name: keys.redact(value) for name, value in self._headers.items()},
+            headers={name: self._client.hide_key(value) for name, value in self._headers.items()},
             attempts=(Attempt(channel.name, outcome, timing.total_s),),
             emulated=channel.emulated,
             extra={"keep_alives": self._reader.keep_alives, "chunks": self._reader.chunks},

@@ -151,15 +151,17 @@ class Journal:
                     f"{self.run_path} is not a run of this kit; choose another folder with --out"
                 ) from None
             differing = _differences(identity, self._identity)
-            if differing:
+            if differing and not self._began():
+                # Nothing was asked yet (a model that did not load, a clock that was mistyped): begin anew.
+                run = {"run": self.run_id, "identity": self._identity, **self._about}
+            elif differing:
                 raise UsageError(
                     f"{self.folder} holds another run; it differs in {'; '.join(differing)}. "
                     "Choose another folder with --out, or repeat the command it was begun with"
                 )
             run["starts"] = [*run.get("starts", []), now]
         else:
-            assert self._file is not None  # noqa: S101 - opened just before
-            if self._file.seek(0, os.SEEK_END) > 0:
+            if self._began():
                 raise UsageError(
                     f"{self.folder} holds records but no run.json; choose another folder with --out"
                 )
@@ -168,6 +170,10 @@ class Journal:
         draft = self.run_path.with_suffix(".tmp")
         draft.write_text(json.dumps(redacted(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(self.run_path)
+
+    def _began(self) -> bool:
+        assert self._file is not None  # noqa: S101 - opened just before
+        return self._file.seek(0, os.SEEK_END) > 0 or self._retired_path.exists()
 
     def _read_back(self) -> None:
         assert self._file is not None  # noqa: S101 - opened just before

@@ -57,7 +57,7 @@ def disagreements(records: Sequence[Record], labels: Mapping[str, str]) -> list[
     for r in records:
         if r["verdict"] != "unscored":
             by_item[(r["item"], r["sample"])].append(r)
-    out = []
+    out: list[dict[str, Any]] = []
     seen_kinds: set[str] = set()
     # One of each kind first: six of the same would say less.
     mixed = [rs for rs in by_item.values() if {r["verdict"] for r in rs} == {"right", "wrong"}]
@@ -94,7 +94,7 @@ def _failures(records: Sequence[Record]) -> list[dict[str, Any]]:
 def _percent(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return "–"
-    return f"{interval['value']:.1%} ({interval['low']:.1%}–{interval['high']:.1%})"
+    return f"{interval['value']:.1%} ({interval['low'] * 100:.1f}–{interval['high'] * 100:.1f})"
 
 
 def _points(interval: Mapping[str, float]) -> str:

@@ -210,7 +210,8 @@ class _Run:
         """Let emulated models answer before anything is measured."""
         by_channel: dict[str, list[tuple[list[Message], Sampling]]] = defaultdict(list)
         for q in questions:
-            if hasattr(opened[q.channel], "prepare"):
+            # A script's answers are ready; a model's are not.
+            if getattr(getattr(opened[q.channel], "weather", None), "model", None) is not None:
                 by_channel[q.channel].append((q.item.messages(), self._settings.sampling_for(q.sample)))
         total = sum(len(v) for v in by_channel.values())
         done = 0

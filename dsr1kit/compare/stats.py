@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 _Z = 1.959963984540054
 
@@ -127,6 +126,9 @@ def median_interval(values: Sequence[float]) -> Interval | None:
     """
     if not values:
         return None
+    # Here, not above: it takes most of a second, which every refused command would wait for.
+    from scipy import stats
+
     ordered = np.sort(np.asarray(values, dtype=float))
     n = ordered.size
     rank = int(stats.binom.ppf(0.025, n, 0.5))
