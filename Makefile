@@ -53,13 +53,7 @@ slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package 
 lint: $(VENV)/.installed-test  ## ruff and mypy alone
 	@$(MAKE) --no-print-directory step-lint step-types
 
-step-notebooks: $(VENV)/.installed-test  ## run all notebooks and save them with their outputs
-	$(CALM) $(PY) tests/notebooks/refresh.py
-
-slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package registry, minutes
-	$(PYTEST) -m slow tests
-
-lint: $(VENV)/.installed-test
+step-lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 

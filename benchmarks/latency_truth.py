@@ -213,8 +213,7 @@ async def main(streams: list[int], repeat: int) -> None:
         for name, measured_runs in runs.items():
             first = statistics.median(statistics.fmean(m.first_ms) for m in measured_runs) - FIRST_MS
             p99 = (
-                statistics.median(sorted(m.first_ms)[int(len(m.first_ms) * 0.99) - 1] for m in measured_runs)
-                - FIRST_MS
+                statistics.median(sorted(m.first_ms)[int(len(m.first_ms) * 0.99) - 1] for m in measured_runs) - FIRST_MS
             )
             late = statistics.median(m.server_late_ms for m in measured_runs)
             gap = statistics.median(statistics.fmean(m.gap_ms) for m in measured_runs) / GAP_MS - 1
@@ -225,9 +224,7 @@ async def main(streams: list[int], repeat: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="1,16,64,256", help="numbers of streams, separated by commas")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each client at each number of streams")
     arguments = parser.parse_args()

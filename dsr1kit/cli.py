@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ import typer
 from rich.console import Console
 
 from dsr1kit.errors import Dsr1kitError, UsageError
-from dsr1kit.keys import redact
+from dsr1kit.keys import redact, redact_texts
 
 if TYPE_CHECKING:
-    from dsr1kit.records import Delta, Reply
+    from dsr1kit.records import Reply
 
 app = typer.Typer(
     name="dsr1kit",
@@ -82,10 +81,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _print_json(value: object) -> None:
-    from dsr1kit.compare.journal import redacted
-
     plain = json.loads(json.dumps(value, default=str))
-    print(json.dumps(redacted(plain), ensure_ascii=False))
+    print(json.dumps(redact_texts(plain), ensure_ascii=False))
 
 
 @app.command()
@@ -120,12 +117,8 @@ def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
     cells = []
     for row in rows:
         price = row["price"]
-        cost = (
-            f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
-        )
-        cells.append(
-            (str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"]))
-        )
+        cost = f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
+        cells.append((str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"])))
     titles = ("channel", "status", "in/out per 1M", "retires", "model")
     for title, column in zip(titles, zip(*cells, strict=True), strict=True):
         # In a narrow window the model alone gives way: names, variables and prices are there to be copied.
@@ -143,16 +136,12 @@ def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     channel: Annotated[str | None, typer.Option(help="A channel's name, or emulated:WEATHER.")] = None,
-    local: Annotated[
-        str | None, typer.Option(help="A model to run here: tiny-r1, a folder, a hub id, a GGUF.")
-    ] = None,
+    local: Annotated[str | None, typer.Option(help="A model to run here: tiny-r1, a folder, a hub id, a GGUF.")] = None,
     channel_file: ChannelFile = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
     max_tokens: Annotated[int, typer.Option(help="Cap on reasoning and answer together.")] = 32768,
-    max_thinking_tokens: Annotated[
-        int | None, typer.Option(help="Close the thinking after so many tokens.")
-    ] = None,
+    max_thinking_tokens: Annotated[int | None, typer.Option(help="Close the thinking after so many tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeatable draws, where honoured.")] = None,
     quantization: Annotated[str, typer.Option(help="none, 8bit or 4bit, with --local.")] = "none",
     first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 120.0,
@@ -162,6 +151,7 @@ def ask(
     """Ask one question; shows the thinking dimmed, then the answer, then the timing (on stderr)."""
     from dsr1kit.access.channels import load_channels
     from dsr1kit.backends import open_backend
+    from dsr1kit.live import LiveAnswer, reply_json, timing_line
     from dsr1kit.records import Sampling
 
     if channel and local:
@@ -175,7 +165,7 @@ def ask(
         stall_s=stall_s,
         quantization=quantization,
     )
-    shown = _Shown()
+    shown = LiveAnswer()
 
     async def work() -> Reply:
         async with backend as r1:
@@ -188,98 +178,11 @@ def ask(
         _print_json(reply_json(reply))
     else:
         shown.end()
-        _err.print(redact(_timing_line(reply)), style="dim", markup=False, emoji=False)
+        _err.print(redact(timing_line(reply)), style="dim", markup=False, emoji=False)
     if reply.outcome not in ("ok", "truncated"):
         raise SystemExit(_said(f"{reply.outcome.value}: {reply.detail}"))
     if reply.outcome == "truncated" and not as_json:
         print(f"dsr1kit: {redact(reply.detail)}", file=sys.stderr)
-
-
-class _Pipe(Console):
-    def on_broken_pipe(self) -> None:
-        # rich would end the process from within a callback of the connection; main() knows what to do.
-        raise BrokenPipeError("the reader has left")
-
-
-class _Shown:
-    """An answer on stdout as it arrives, thinking dimmed; each word whole, so that no key slips through."""
-
-    _WORD = re.compile(r"(?:[Bb]earer )?[!-~]*\Z")
-
-    def __init__(self) -> None:
-        self._out = _Pipe(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self._kind = self._held = ""
-        self._begun = False
-
-    def add(self, delta: Delta) -> None:
-        """Show a piece, save the word that it may break."""
-        if delta.kind != self._kind:
-            self._release()
-            if self._begun:
-                self._out.print("\n\n", end="")
-            self._kind, self._begun = delta.kind, False
-        text = self._held + delta.text
-        match = self._WORD.search(text)
-        cut = match.start() if match else len(text)
-        self._held = text[cut:]
-        self._print(text[:cut])
-
-    def end(self) -> None:
-        """Show what was held back, and end the line."""
-        self._release()
-        self._out.print()
-
-    def _release(self) -> None:
-        self._print(self._held)
-        self._held = ""
-
-    def _print(self, text: str) -> None:
-        text = redact(text) if self._begun else redact(text).lstrip("\n")
-        if text:
-            self._begun = True
-            self._out.print(text, style="dim italic" if self._kind == "reasoning" else None, end="")
-
-
-def reply_json(reply: Reply) -> dict[str, Any]:
-    """A reply as one JSON object."""
-    timing, usage = reply.timing, reply.usage
-    return {
-        "outcome": reply.outcome.value, "detail": reply.detail, "channel": reply.channel,
-        "reasoning": reply.reasoning, "answer": reply.answer, "finish_reason": reply.finish_reason,
-        "model_requested": reply.model_requested, "model_served": reply.model_served,
-        "timing": {
-            name: getattr(timing, name)
-            for name in ("queue_s", "connect_s", "connection_reused", "first_token_s", "first_answer_s",
-                         "think_s", "inter_token_s", "total_s")
-        },
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens, "reasoning_tokens": usage.reasoning_tokens,
-            "answer_tokens": usage.answer_tokens, "token_count_source": usage.source,
-            "token_split_source": usage.split_source,
-        },
-        "emulated": reply.emulated,
-    }  # fmt: skip
-
-
-def _timing_line(reply: Reply) -> str:
-    t, u = reply.timing, reply.usage
-    parts = [
-        reply.channel
-        + (" (emulated)" if reply.emulated and not reply.channel.startswith("emulated:") else "")
-    ]
-    for label, value in (
-        ("first token", t.first_token_s),
-        ("first answer", t.first_answer_s),
-        ("whole", t.total_s),
-    ):
-        if value is not None:
-            parts.append(f"{label} {value:.2f} s")
-    if t.inter_token_s:
-        parts.append(f"{1 / t.inter_token_s:.0f} tokens/s")
-    if u.completion_tokens:
-        about = "about " if u.source == "estimated" else ""
-        parts.append(f"{about}{u.reasoning_tokens} thinking + {u.answer_tokens} answer tokens")
-    return " · ".join(parts)
 
 
 def _said(message: str) -> int:
@@ -289,9 +192,7 @@ def _said(message: str) -> int:
 
 @app.command()
 def emulate(
-    weather: Annotated[
-        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, scripted.")
-    ],
+    weather: Annotated[str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, scripted.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 0,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> None:
@@ -335,14 +236,10 @@ def compare(
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
     max_tokens: Annotated[int, typer.Option(help="Cap on reasoning and answer together.")] = 32768,
-    max_cost: Annotated[
-        float | None, typer.Option(help="Stop asking when this much is spent in one currency.")
-    ] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Stop asking when this much is spent in one currency.")] = None,
     first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 120.0,
     stall_s: Annotated[float, typer.Option(help="Longest silence between tokens, seconds.")] = 60.0,
-    deadline_s: Annotated[
-        float | None, typer.Option(help="Longest time for a whole answer, seconds.")
-    ] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="Longest time for a whole answer, seconds.")] = None,
     channel_file: ChannelFile = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask failed requests again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -362,9 +259,7 @@ def compare(
     try:
         with terminal_progress(quiet=quiet) as tell:
             done = _run(
-                run_comparison(
-                    settings, out, channel_file=channel_file, retry_failed=retry_failed, on_progress=tell
-                )
+                run_comparison(settings, out, channel_file=channel_file, retry_failed=retry_failed, on_progress=tell)
             )
     except KeyboardInterrupt:
         _fail(f"stopped; the same command continues the run in {out}", 130)
@@ -404,9 +299,9 @@ def run(
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="May be repeated.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the executed copy and of what the notebook writes.")
-    ] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder of the executed copy and of what the notebook writes.")] = Path(
+        "runs"
+    ),
     cell_timeout_s: Annotated[float | None, typer.Option(help="Limit for a cell, seconds.")] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Limit for the whole, seconds.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not tell which cell runs.")] = False,

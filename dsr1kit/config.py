@@ -52,9 +52,7 @@ class Table:
         """Whether the file gives the key."""
         return key in self._values
 
-    def text(
-        self, key: str, default: str = "", *, choices: Sequence[str] = (), required: bool = False
-    ) -> str:
+    def text(self, key: str, default: str = "", *, choices: Sequence[str] = (), required: bool = False) -> str:
         """A string, one of `choices` where given."""
         value = self._get(key, default, required)
         if not isinstance(value, str):

@@ -9,6 +9,8 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from dsr1kit.errors import MissingKey, UsageError
 
@@ -90,3 +92,14 @@ def redact(text: str) -> str:
         if value in text:
             text = text.replace(value, REDACTED)
     return _SECRET_SHAPES.sub(REDACTED, text)
+
+
+def redact_texts(value: Any) -> Any:
+    """A JSON value with keys redacted in its texts alone, so that it stays the JSON that it was."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {name: redact_texts(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_texts(inner) for inner in value]
+    return value

@@ -77,8 +77,7 @@ class Redactor:
         """The notebook as the text of an `.ipynb` file, redacted throughout."""
         copy = dict(nb)
         copy["cells"] = [
-            {**cell, "outputs": _joined(cell["outputs"])} if "outputs" in cell else cell
-            for cell in nb["cells"]
+            {**cell, "outputs": _joined(cell["outputs"])} if "outputs" in cell else cell for cell in nb["cells"]
         ]
         node = nbformat.from_dict(self.tree(copy))  # type: ignore[no-untyped-call]  # theirs
         written: str = nbformat.writes(node)  # type: ignore[no-untyped-call]  # theirs

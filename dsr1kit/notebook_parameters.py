@@ -118,9 +118,7 @@ def parameters_of(nb: Any, path: Path) -> list[Parameter]:
         if isinstance(node, ast.AnnAssign):
             annotation = ast.unparse(node.annotation).strip("'\"")
         help_ = comments.get(node.end_lineno or node.lineno, "")
-        found |= {
-            t.id: Parameter(t.id, annotation, default, help_) for t in targets if isinstance(t, ast.Name)
-        }
+        found |= {t.id: Parameter(t.id, annotation, default, help_) for t in targets if isinstance(t, ast.Name)}
     return list(found.values())
 
 

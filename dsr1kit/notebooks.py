@@ -129,9 +129,7 @@ def publish(**values: Any) -> None:
     except (TypeError, ValueError) as error:
         raise UsageError(f"publish takes JSON values and paths alone: {error}") from None
     if size > _MAX_RESULTS_BYTES:
-        raise UsageError(
-            f"publish got {size} bytes, at most {_MAX_RESULTS_BYTES} fit: write a file, publish its path"
-        )
+        raise UsageError(f"publish got {size} bytes, at most {_MAX_RESULTS_BYTES} fit: write a file, publish its path")
     plain = "\n".join(f"{name}: {value}" for name, value in clean.items())
     display({RESULTS_MIME: clean, "text/plain": plain}, raw=True)  # type: ignore[no-untyped-call]  # IPython
 
@@ -181,9 +179,7 @@ def run_notebook(
     nb = read_notebook(source)
     passed = checked_values(nb, source, parameters or {})
     declared = parameters_of(nb, source) if len(parameters_cells(nb)) == 1 else []
-    if "out_dir" not in passed and any(
-        p.name == "out_dir" and "str" in kinds_of(p.annotation) for p in declared
-    ):
+    if "out_dir" not in passed and any(p.name == "out_dir" and "str" in kinds_of(p.annotation) for p in declared):
         passed["out_dir"] = str(out)
     executed, sidecar = out / source.name, out / f"{source.stem}.run.json"
     if executed.exists() and executed.samefile(source):
@@ -209,9 +205,7 @@ def run_notebook(
             on_progress(number, count, clean.text(first_line))
 
     started = dt.datetime.now(dt.UTC)
-    ended = execute(
-        nb, passed, save=save, on_cell=tell, cell_timeout_s=cell_timeout_s, total_timeout_s=total_timeout_s
-    )
+    ended = execute(nb, passed, save=save, on_cell=tell, cell_timeout_s=cell_timeout_s, total_timeout_s=total_timeout_s)
     failing = None
     if ended.failing_index is not None:
         cell = ended.nb.cells[ended.failing_index]
@@ -257,18 +251,14 @@ def notebook_settings() -> dict[str, NotebookSettings]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    return {
-        str(name): _settings_of(path, str(name), entry) for name, entry in _mapping(path, "", entries).items()
-    }
+    return {str(name): _settings_of(path, str(name), entry) for name, entry in _mapping(path, "", entries).items()}
 
 
 def _mapping(path: Path, where: str, value: object, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: {where or 'the file'} must be a mapping, not {value!r:.60}")
     if keys and (odd := set(value) ^ set(keys)):
-        raise ConfigError(
-            f"{path}: {where} must have exactly {', '.join(keys)}; see to {', '.join(sorted(odd))}"
-        )
+        raise ConfigError(f"{path}: {where} must have exactly {', '.join(keys)}; see to {', '.join(sorted(odd))}")
     return value
 
 

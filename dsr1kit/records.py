@@ -63,8 +63,7 @@ def require_messages(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UsageError(
-                f"message {number} needs a role (system, user or assistant) and a content string, "
-                f"not {message!r:.80}"
+                f"message {number} needs a role (system, user or assistant) and a content string, not {message!r:.80}"
             )
 
 
@@ -99,8 +98,7 @@ class Sampling:
         check("seed", self.seed is None or _is_int(self.seed), "a whole number or None")
         check(
             "max_thinking_tokens",
-            self.max_thinking_tokens is None
-            or (_is_int(self.max_thinking_tokens) and self.max_thinking_tokens >= 1),
+            self.max_thinking_tokens is None or (_is_int(self.max_thinking_tokens) and self.max_thinking_tokens >= 1),
             "a whole number of at least 1, or None",
         )
         check("sample", _is_int(self.sample) and self.sample >= 0, "a whole number of at least 0")

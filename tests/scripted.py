@@ -120,9 +120,7 @@ class Scripted:
     open_connections: int = 0
     gone: list[int] = field(default_factory=list)
 
-    def __init__(
-        self, *scripts: Script, tls: ssl.SSLContext | None = None, close_after_response: bool = False
-    ) -> None:
+    def __init__(self, *scripts: Script, tls: ssl.SSLContext | None = None, close_after_response: bool = False) -> None:
         self.scripts, self.tls, self.close_after_response = scripts, tls, close_after_response
         self.requests, self.gone = [], []
         self.connections = self.open_connections = 0
@@ -176,9 +174,7 @@ class Scripted:
             with contextlib.suppress(Exception):
                 writer.close()
 
-    async def _play(
-        self, steps: Sequence[Step], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
+    async def _play(self, steps: Sequence[Step], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         for step in steps:
             if step == CLOSE:
                 return False

@@ -191,9 +191,7 @@ def test_retirement_by_date_and_by_moment(load, retires, now, told):
 
 def test_a_price_is_per_million_tokens():
     price = Price(input=1.0, output=4.0)
-    assert price.cost(Usage(prompt_tokens=1000, reasoning_tokens=300, answer_tokens=200)) == pytest.approx(
-        0.003
-    )
+    assert price.cost(Usage(prompt_tokens=1000, reasoning_tokens=300, answer_tokens=200)) == pytest.approx(0.003)
     assert price.cost(Usage(prompt_tokens=1000)) == pytest.approx(0.001)
     assert price.cost(Usage()) is None
 

@@ -137,9 +137,7 @@ def test_unknown_names_are_told_with_the_nearest(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_channel_file_is_told_with_file_and_place(
-    tmp_path: Path, text: str, told: tuple[str, ...]
-) -> None:
+def test_a_wrong_channel_file_is_told_with_file_and_place(tmp_path: Path, text: str, told: tuple[str, ...]) -> None:
     (tmp_path / "mine.toml").write_text(text)
     message = refused("channels", "--json", "--channel-file", tmp_path / "mine.toml")
     assert all(part in message for part in (*told, "mine.toml"))
@@ -380,9 +378,7 @@ def test_parameters_come_as_name_and_value_whatever_the_value_holds(notebook: Pa
         (("-p", "shift", "1", "-p", "shift", "2"), "given twice"),
     ],
 )
-def test_wrong_parameters_are_usage(
-    notebook: Path, tmp_path: Path, arguments: tuple[str, ...], told: str
-) -> None:
+def test_wrong_parameters_are_usage(notebook: Path, tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
     assert told in refused("run", notebook, "--out", tmp_path, "--json", *arguments)
 
 

@@ -101,9 +101,7 @@ def test_times_are_those_of_the_script():
 
 
 def test_several_tokens_in_one_chunk_count_by_usage():
-    reply, _ = play(
-        response(delta(content="a b c"), (0.1, delta(content="d", finish="stop") + usage(11, 0) + DONE))
-    )
+    reply, _ = play(response(delta(content="a b c"), (0.1, delta(content="d", finish="stop") + usage(11, 0) + DONE)))
     assert near(reply.timing.inter_token_s * 10, 0.1)
 
 
@@ -230,9 +228,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch):
 
 
 def test_a_missing_key_is_told_on_entering():
-    channel = Channel(
-        name="c", base_urls=("http://127.0.0.1:9/v1",), model="m", api_key_env="NO_SUCH_KEY_HERE"
-    )
+    channel = Channel(name="c", base_urls=("http://127.0.0.1:9/v1",), model="m", api_key_env="NO_SUCH_KEY_HERE")
     with pytest.raises(MissingKey, match="NO_SUCH_KEY_HERE"):
         ask(channel)
 
@@ -271,9 +267,7 @@ def test_what_on_delta_raises_reaches_the_caller_once(error):
 
 def test_deltas_arrive_live_and_add_up():
     async def inside():
-        script = response(
-            delta(reasoning_content="a"), (0.1, delta(content="b")), (0.1, delta(finish="stop") + DONE)
-        )
+        script = response(delta(reasoning_content="a"), (0.1, delta(content="b")), (0.1, delta(finish="stop") + DONE))
         async with Scripted(script) as server, server.channel().open() as r1:
             loop = asyncio.get_running_loop()
             start = loop.time()
@@ -519,9 +513,7 @@ def test_tls_with_a_trusted_certificate(tls, monkeypatch):
 def test_a_long_answer_over_tls_arrives_whole(tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls[1]))
     words = [f"word{i} " for i in range(3000)]  # many TLS records in one read
-    reply, _ = play(
-        response(b"".join(delta(content=w) for w in words), delta(finish="stop") + DONE), tls=tls[0]
-    )
+    reply, _ = play(response(b"".join(delta(content=w) for w in words), delta(finish="stop") + DONE), tls=tls[0])
     assert (reply.outcome, reply.answer) == (Outcome.OK, "".join(words))
 
 
@@ -547,9 +539,7 @@ def test_https_goes_through_a_tunnel(tls, monkeypatch):
 
     async def inside():
         async with Scripted(OK, tls=tls[0]) as server, ConnectProxy(server.port) as proxy:
-            channel = server.channel(
-                base_urls=("https://r1.example/v1",), proxy=f"http://127.0.0.1:{proxy.port}"
-            )
+            channel = server.channel(base_urls=("https://r1.example/v1",), proxy=f"http://127.0.0.1:{proxy.port}")
             async with channel.open() as r1:
                 replies = [await r1.ask(QUESTION) for _ in range(2)]
             return replies, proxy.asked, server

@@ -60,9 +60,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     good = weather(
         folder, "good", f"<script>alert('x')</script> \\boxed{{{gold}}}", "[latency]\nfirst_token_s = 0.02\n"
     )
-    faults = (
-        "[faults]\ntruncated = 0.3\noverloaded = 0.3\n[price]\ninput = 1.0\noutput = 2.0\ncurrency = 'CNY'\n"
-    )
+    faults = "[faults]\ntruncated = 0.3\noverloaded = 0.3\n[price]\ninput = 1.0\noutput = 2.0\ncurrency = 'CNY'\n"
     bad = weather(folder, "bad", "\\boxed{-1}", faults)
     return compare(folder / "run", good, bad, items=6, samples=2)
 
@@ -274,9 +272,7 @@ def test_at_most_concurrency_requests_are_in_flight(stage: Stage, tmp_path: Path
     assert most == 3
 
 
-def test_local_models_run_after_all_hosted_ones_and_one_request_at_a_time(
-    stage: Stage, tmp_path: Path
-) -> None:
+def test_local_models_run_after_all_hosted_ones_and_one_request_at_a_time(stage: Stage, tmp_path: Path) -> None:
     stage.takes_s = 0.005
     compare(tmp_path, "local:tiny-r1", "a", "local:tiny-r1@8bit", "b", items=4, concurrency=4)
     local = [e for e in stage.log if e["channel"].startswith("local:")]
@@ -291,9 +287,7 @@ def gaps(dues: Sequence[float]) -> list[float]:
     return [b - a for a, b in pairwise(dues)]
 
 
-def test_an_open_loop_has_seeded_random_moments_whatever_is_still_in_flight(
-    stage: Stage, tmp_path: Path
-) -> None:
+def test_an_open_loop_has_seeded_random_moments_whatever_is_still_in_flight(stage: Stage, tmp_path: Path) -> None:
     stage.takes_s = 0.7
     compare(tmp_path / "1", "a", "b", items=8, rate=100.0, seed=3, concurrency=1)
     first = [e["due"] for e in stage.log]
@@ -371,9 +365,7 @@ def test_the_budget_stops_the_asking_and_more_of_it_goes_on(stage: Stage, tmp_pa
     assert a["outcomes"] == {"over_budget": 5, "ok": 3}
     assert a["cost_total"] == 3
     assert local["outcomes"] == {"ok": 8}  # costs nothing
-    (detail,) = {
-        r["detail"] for r in read_records(tmp_path / "records.jsonl") if r["outcome"] == "over_budget"
-    }
+    (detail,) = {r["detail"] for r in read_records(tmp_path / "records.jsonl") if r["outcome"] == "over_budget"}
     assert "--max-cost 3" in detail
     done = compare(tmp_path, "a", "local:tiny-r1", max_cost=5, **run)
     assert done.summary["channels"]["a"]["outcomes"] == {"ok": 5, "over_budget": 3}
@@ -393,9 +385,7 @@ def test_what_failed_requests_cost_counts_although_they_are_asked_again(stage: S
 
 def test_requests_the_budget_kept_back_are_marked_as_emulated_too(tmp_path: Path) -> None:
     price = "[price]\ninput = 1.0\noutput = 1.0\n"
-    done = compare(
-        tmp_path / "run", weather(tmp_path, "w", "\\boxed{1}", price), items=3, concurrency=1, max_cost=1e-9
-    )
+    done = compare(tmp_path / "run", weather(tmp_path, "w", "\\boxed{1}", price), items=3, concurrency=1, max_cost=1e-9)
     records = read_records(done.records)
     assert [r["outcome"] for r in records] == ["ok", "over_budget", "over_budget"]
     assert all(r["emulated"] and r["model_requested"] == "scripted-r1" for r in records)

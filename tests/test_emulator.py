@@ -116,17 +116,13 @@ def test_draws_depend_on_seed_question_request_seed_and_attempt_alone(weather_fi
     same = drawn("q", "1", 0)
     drawn("other", "1", 0)
     assert drawn("q", "1", 0) == same
-    seeded = load_weather(
-        weather_file("[latency]\nfirst_token_s = 1.0\ninter_token_s = 0.1\nspread = 0.5\nseed = 9")
-    )
+    seeded = load_weather(weather_file("[latency]\nfirst_token_s = 1.0\ninter_token_s = 0.1\nspread = 0.5\nseed = 9"))
     others = [drawn("p", "1", 0), drawn("q", "2", 0), drawn("q", "1", 1), drawn("q", "1", 0, of=seeded)]
     assert len({same, *others}) == 5
 
 
 def test_outcomes_do_not_depend_on_the_order_of_arrival(weather_file):
-    path = weather_file(
-        "[faults]\noverloaded = 0.3\nempty = 0.3\n[latency]\nfirst_token_s = 0.01\nspread = 1.0"
-    )
+    path = weather_file("[faults]\noverloaded = 0.3\nempty = 0.3\n[latency]\nfirst_token_s = 0.01\nspread = 1.0")
 
     async def scenario(channel, emulator):
         outcomes = []
@@ -187,9 +183,7 @@ def test_a_peak_hour_slows_the_real_answer_down(weather_file):
 
 def test_keep_alives_come_while_waiting_and_are_no_first_token(weather_file):
     for how in ("comment", "blank"):
-        path = weather_file(
-            f'[latency]\nfirst_token_s = 0.2\n[dialect]\nkeep_alive = "{how}"\nkeep_alive_s = 0.03'
-        )
+        path = weather_file(f'[latency]\nfirst_token_s = 0.2\n[dialect]\nkeep_alive = "{how}"\nkeep_alive_s = 0.03')
         reply = ask(path)
         assert reply.outcome is Outcome.OK
         assert reply.extra["keep_alives"] >= 2

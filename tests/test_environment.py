@@ -39,9 +39,7 @@ def direct() -> list[tuple[str, Requirement]]:
 
 
 @pytest.mark.parametrize(("group", "requirement"), direct(), ids=lambda value: str(value)[:30])
-def test_each_direct_dependency_has_an_exact_pin_within_its_bound(
-    group: str, requirement: Requirement
-) -> None:
+def test_each_direct_dependency_has_an_exact_pin_within_its_bound(group: str, requirement: Requirement) -> None:
     if requirement.name == PROJECT["name"]:
         assert requirement.extras <= EXTRAS.keys(), f"{group} names extras that do not exist"
         return
@@ -74,9 +72,7 @@ def test_the_conda_environment_fits_the_project() -> None:
     environment = yaml.safe_load(text)
     assert environment["name"] == PROJECT["name"]
     assert environment["channels"] == ["conda-forge"]
-    plain = dict(
-        re.fullmatch(r"([\w-]+)=?(.*)", d).groups() for d in environment["dependencies"] if isinstance(d, str)
-    )
+    plain = dict(re.fullmatch(r"([\w-]+)=?(.*)", d).groups() for d in environment["dependencies"] if isinstance(d, str))
     assert SpecifierSet(PROJECT["requires-python"]).contains(plain["python"] + ".0")
     assert f"Programming Language :: Python :: {plain['python']}" in PROJECT["classifiers"]
     assert "pip" in plain
@@ -102,12 +98,8 @@ def test_tested_pythons_are_those_the_package_claims() -> None:
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Inside `make test`, make's own variables would carry its options into this one.
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
-    }
-    return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -18,9 +18,7 @@ IDENTITY = {"task": "arithmetic", "items": 3, "seed": 0, "channels": ["a", "b"]}
 SECRET = "correct-horse-battery-staple-42"  # noqa: S105 - a made-up value that must not leak
 
 
-def record(
-    item: str, outcome: str = "ok", channel: str = "a", sample: int = 0, **more: Any
-) -> dict[str, Any]:
+def record(item: str, outcome: str = "ok", channel: str = "a", sample: int = 0, **more: Any) -> dict[str, Any]:
     return {"channel": channel, "item": item, "sample": sample, "outcome": outcome, **more}
 
 
@@ -197,9 +195,7 @@ def test_keys_are_redacted_in_records_and_run_file(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("value", ["12345678", "reasoning", '"outcome": "ok"', "arithmetic"])
-def test_a_strange_secret_does_not_break_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_a_strange_secret_does_not_break_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MONKEY", value)  # any name that speaks of a secret counts
     fill(tmp_path, record("arithmetic-1", reasoning="thought", total_s=0.12345678))
     with journal(tmp_path) as j:

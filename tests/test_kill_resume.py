@@ -26,8 +26,7 @@ def provider(tmp_path: Path) -> Iterator[str]:
     """An emulator in a process of its own, which remembers what it was asked over all kills."""
     weather = tmp_path / "weather.toml"
     weather.write_text(
-        '[model]\nscript = "<think>a b c</think>\\\\boxed{1}"\n'
-        "[latency]\nfirst_token_s = 0.08\nspread = 0.5\n"
+        '[model]\nscript = "<think>a b c</think>\\\\boxed{1}"\n[latency]\nfirst_token_s = 0.08\nspread = 0.5\n'
     )
     command = [sys.executable, "-m", "dsr1kit", "emulate", str(weather)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -47,13 +46,9 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_killed_run_goes_on_with_nothing_lost_and_nothing_asked_twice(
-    tmp_path: Path, provider: str
-) -> None:
+def test_a_killed_run_goes_on_with_nothing_lost_and_nothing_asked_twice(tmp_path: Path, provider: str) -> None:
     catalogue = tmp_path / "mine.toml"
-    catalogue.write_text(
-        "".join(f"[channel.{name}]\nbase_url = '{provider}'\nmodel = 'm'\n" for name in "ab")
-    )
+    catalogue.write_text("".join(f"[channel.{name}]\nbase_url = '{provider}'\nmodel = 'm'\n" for name in "ab"))
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "dsr1kit", "compare", "--channels", "a,b", "--items", str(ITEMS),

@@ -40,9 +40,7 @@ def ask(messages=QUESTION, sampling=GREEDY, source="tiny-r1", **options):
 
 
 def conversations(n):
-    return [
-        [{"role": "user", "content": p.question}] for p in generate(("sum2", "words_zh"), "held_out", n, 3)
-    ]
+    return [[{"role": "user", "content": p.question}] for p in generate(("sum2", "words_zh"), "held_out", n, 3)]
 
 
 def test_import_is_light():
@@ -59,9 +57,7 @@ def test_greedy_is_transformers_own_generate_token_for_token():
     folder = data_dir() / "tiny-r1"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=300)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     reasoning, _, answer = text.partition("</think>")
@@ -281,9 +277,7 @@ def test_earlier_thinking_and_system_text_follow_r1s_template():
             {"role": "assistant", "content": "2+2\n</think>\n\nThe answer is 4."},
             {"role": "user", "content": "What is 3 + 3?"},
         ]
-        return model.loaded.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        return model.loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     assert run(scenario) == (
         "<｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 2 + 2?<｜Assistant｜>The answer is 4."

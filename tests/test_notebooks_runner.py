@@ -54,9 +54,7 @@ def notebook(folder: Path, *cells: str, parameters: str | None = None, name: str
 
 def run(folder: Path, *cells: str, parameters: str | None = None, **kwargs: object) -> NotebookRun:
     values = kwargs.pop("values", None)
-    return run_notebook(
-        notebook(folder, *cells, parameters=parameters), values, out_dir=folder / "out", **kwargs
-    )
+    return run_notebook(notebook(folder, *cells, parameters=parameters), values, out_dir=folder / "out", **kwargs)
 
 
 def everything_under(folder: Path) -> str:
@@ -364,9 +362,7 @@ def test_a_runner_killed_in_the_middle_leaves_only_redacted_files_and_no_old_res
     assert not (out / "small.run.json").exists()
 
 
-def test_results_reach_the_runner_with_paths_made_portable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_reach_the_runner_with_paths_made_portable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ended = run(
         tmp_path,
@@ -421,9 +417,7 @@ def test_the_copy_never_replaces_the_notebook_itself(tmp_path: Path) -> None:
 def test_what_the_kernel_prints_below_python_stays_off_stdout(tmp_path: Path) -> None:
     path = notebook(tmp_path, "import os; os.system('echo from-a-child')")
     code = f"from dsr1kit.notebooks import run_notebook; run_notebook({str(path)!r}, out_dir='out')"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert ran.stdout == ""
 
 
@@ -440,9 +434,7 @@ def test_what_the_kernel_prints_below_python_stays_off_stdout(tmp_path: Path) ->
         ("a: {", "YAML"),
     ],
 )
-def test_settings_are_read_strictly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str
-) -> None:
+def test_settings_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str) -> None:
     (tmp_path / "notebooks.yaml").write_text(text)
     monkeypatch.setattr("dsr1kit.notebooks.data_dir", lambda: tmp_path)
     with pytest.raises(ConfigError, match=complaint) as caught:

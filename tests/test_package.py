@@ -24,9 +24,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS, 1) for room in rooms}
 
 def fresh(code: str) -> str:
     """What the code prints in an interpreter that has imported nothing yet."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
 
 
@@ -54,9 +52,7 @@ def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy() -> None:
         ("dsr1kit.emulator.server", ("torch", "transformers")),
     ],
 )
-def test_a_room_can_be_entered_without_what_only_some_of_it_needs(
-    module: str, absent: tuple[str, ...]
-) -> None:
+def test_a_room_can_be_entered_without_what_only_some_of_it_needs(module: str, absent: tuple[str, ...]) -> None:
     modules = json.loads(fresh(f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"))
     assert not set(absent) & set(modules)
 

@@ -86,8 +86,7 @@ def test_template_gives_the_prompt_that_training_used(shipped_tokenizer):
     prompt = "<｜begin▁of▁sentence｜><｜User｜>What is 2 + 2?<｜Assistant｜><think>\n"
     assert render([user], add_generation_prompt=True) == prompt == pretrain.prompt_text(user["content"])
     assert render([user, past]) == (
-        "<｜begin▁of▁sentence｜><｜User｜>What is 2 + 2?<｜Assistant｜>The answer is \\boxed{4}."
-        "<｜end▁of▁sentence｜>"
+        "<｜begin▁of▁sentence｜><｜User｜>What is 2 + 2?<｜Assistant｜>The answer is \\boxed{4}.<｜end▁of▁sentence｜>"
     )
 
 
@@ -106,8 +105,7 @@ def test_loss_falls_and_progress_tells_the_time_left(trained):
 def test_same_recipe_same_first_steps(tokenizer):
     short = replace(TINY, steps=3)
     losses = [
-        pretrain.train(pretrain.build_model(short, tokenizer), tokenizer, short, every=1).losses
-        for _ in range(2)
+        pretrain.train(pretrain.build_model(short, tokenizer), tokenizer, short, every=1).losses for _ in range(2)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -135,9 +133,7 @@ def test_what_is_saved_loads_and_has_a_card(trained, tokenizer, tmp_path):
     scores = pretrain.evaluate(folder, ("sum2", "sum4"), 4, max_tokens=40)
     assert [(score.kind, score.n) for score in scores] == [("sum2", 4), ("sum4", 4)]
     assert all(0 <= s.low <= s.accuracy <= s.high <= 1 for s in scores)
-    write_card(
-        folder, recipe=TINY, curve=curve, parameters=model.num_parameters(), sampled=scores, greedy=scores
-    )
+    write_card(folder, recipe=TINY, curve=curve, parameters=model.num_parameters(), sampled=scores, greedy=scores)
     facts = read_card(folder)
     assert facts["curve"]["losses"] == curve.losses
     assert "It is not DeepSeek R1" in (folder / "README.md").read_text(encoding="utf-8")

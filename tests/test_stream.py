@@ -146,9 +146,7 @@ def test_text_keeps_the_time_of_the_read_that_completed_its_line():
 
 
 def test_role_only_and_empty_chunks_are_no_text():
-    reader, outcome, _, _ = read(
-        ROLE + delta(content="", reasoning_content=None) + delta(content="42") + STOP
-    )
+    reader, outcome, _, _ = read(ROLE + delta(content="", reasoning_content=None) + delta(content="42") + STOP)
     assert (reader.chunks, outcome) == (1, Outcome.OK)
 
 

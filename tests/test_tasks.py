@@ -25,9 +25,7 @@ def _ending(language: str) -> str:
 
 def test_an_item_has_the_same_name_in_every_run_and_length() -> None:
     assert load_task("arithmetic", 40, seed=1)[:15] == load_task("arithmetic", 15, seed=1)
-    assert [i.id for i in load_task("arithmetic:sum2", 3)] == [
-        i.id for i in load_task("arithmetic:sum2", 3, seed=0)
-    ]
+    assert [i.id for i in load_task("arithmetic:sum2", 3)] == [i.id for i in load_task("arithmetic:sum2", 3, seed=0)]
     by_prompt: dict[str, str] = {}
     for seed in range(5):
         for item in load_task("arithmetic:sum2", 40, seed):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -73,7 +73,7 @@ class Channel:
     weight: float = 1.0
     backup: bool = False
     region: str = ""
-    proxy: str = ""
+    proxy: str = field(default="", repr=False)  # may hold a login
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     max_in_flight: int | None = None
@@ -98,9 +98,7 @@ class Channel:
         from dsr1kit.access.client import ChannelClient
 
         if self.protocol != "chat-completions":
-            raise ConfigError(
-                f"channel {self.name!r}: protocol {self.protocol!r} cannot be opened by this version"
-            )
+            raise ConfigError(f"channel {self.name!r}: protocol {self.protocol!r} cannot be opened by this version")
         return ChannelClient(
             self, first_token_s=first_token_s, stall_s=stall_s, deadline_s=deadline_s, connect_s=connect_s
         )
@@ -203,9 +201,7 @@ def _channel(path: Path, name: str, values: dict[str, Any]) -> Channel:
         title=t.text("title", name),
         api_key_env=t.text("api_key_env"),
         family=cast("Family", t.text("family", "other", choices=("r1", "r1-distill", "successor", "other"))),
-        protocol=cast(
-            "Any", t.text("protocol", "chat-completions", choices=("chat-completions", "bedrock-converse"))
-        ),
+        protocol=cast("Any", t.text("protocol", "chat-completions", choices=("chat-completions", "bedrock-converse"))),
         reasoning=cast(
             "ReasoningMode",
             t.text("reasoning", "auto", choices=("auto", "reasoning_content", "reasoning", "inline")),
@@ -246,9 +242,7 @@ def read_price(table: Table | None) -> Price | None:
     return price
 
 
-def _check_url(
-    table: Table, key: str, url: str, schemes: tuple[str, ...], *, login_allowed: bool = False
-) -> str:
+def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, login_allowed: bool = False) -> str:
     try:
         parts = urlsplit(url)
         port_ok = parts.port is None or parts.port > 0

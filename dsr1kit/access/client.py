@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Self
 
 from dsr1kit import keys
 from dsr1kit.access import outcomes
-from dsr1kit.access.http import Connection, Exchange, NotHttp, Pool, StaleConnection
+from dsr1kit.access.http import Connection, Exchange, NotHttp, StaleConnection
 from dsr1kit.access.limits import Limits
+from dsr1kit.access.pool import Pool
 from dsr1kit.access.stream import CompletionReader
 from dsr1kit.errors import UsageError
 from dsr1kit.records import (
@@ -41,6 +42,8 @@ from dsr1kit.thinking import Piece
 if TYPE_CHECKING:
     from dsr1kit.access.channels import Channel
 
+#: The kit's emulator marks its responses with it, so that no catalogue entry can pass one off as a provider.
+EMULATED_HEADER = "x-dsr1kit-emulated"
 _MOST_ERROR_BYTES = 256 * 1024
 _AFTER_DONE_S = 0.5  # how long a response may stay open after [DONE] before its connection is given up
 
@@ -373,7 +376,7 @@ class _Call(Exchange):
             http_status=self._status,
             headers={name: self._client.hide_key(value) for name, value in self._headers.items()},
             attempts=(Attempt(channel.name, outcome, timing.total_s),),
-            emulated=channel.emulated,
+            emulated=channel.emulated or EMULATED_HEADER in self._headers,
             extra={"keep_alives": self._reader.keep_alives, "chunks": self._reader.chunks},
         )
 
@@ -390,9 +393,7 @@ class _Call(Exchange):
             first_token_s=None if first is None else first - due,
             first_answer_s=None if answer is None else answer - due,
             think_s=None if answer is None or first is None else answer - first,
-            inter_token_s=(last - first) / (tokens - 1)
-            if last and first and tokens > 1 and len(times) > 1
-            else None,
+            inter_token_s=(last - first) / (tokens - 1) if last and first and tokens > 1 and len(times) > 1 else None,
             total_s=(ended if last is None else last) - due,
             gaps_s=tuple(b - a for a, b in pairwise(times)),
         )

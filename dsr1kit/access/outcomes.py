@@ -134,11 +134,7 @@ def _message(value: Any) -> str:
         if not isinstance(value, dict):
             break
         value = next(
-            (
-                value[k]
-                for k in ("error", "message", "msg", "detail", "error_msg", "code", "type")
-                if value.get(k)
-            ),
+            (value[k] for k in ("error", "message", "msg", "detail", "error_msg", "code", "type") if value.get(k)),
             "",
         )
     return _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))

@@ -54,9 +54,7 @@ STORIES: dict[Language, dict[str, tuple[str, ...]]] = {
             "{who} has {a} {thing}, finds {b} more and gives {c} to {other}. How many {thing} are left?",
             "A bus carries {a} people. {b} get on and {c} get off. How many are on the bus now?",
         ),
-        "difference_sum": (
-            "A shop has {a} {thing}, sells {b} and orders {c}. How many {thing} does it have now?",
-        ),
+        "difference_sum": ("A shop has {a} {thing}, sells {b} and orders {c}. How many {thing} does it have now?",),
         "product_sum": (
             "There are {a} boxes with {b} {thing} each and {c} loose {thing}. How many {thing} are there?",
             "{who} saves {b} coins a week for {a} weeks and already had {c}. How many coins are there?",

@@ -65,9 +65,7 @@ def _trace_product(operands: Sequence[int], _: Language) -> list[str]:
     """Partial products of the digits of the longer factor, then their sum, one after another."""
     small, large = sorted(operands)
     digits = str(large)
-    parts = [
-        int(digit) * 10 ** (len(digits) - 1 - index) for index, digit in enumerate(digits) if digit != "0"
-    ]
+    parts = [int(digit) * 10 ** (len(digits) - 1 - index) for index, digit in enumerate(digits) if digit != "0"]
     if len(parts) == 1:
         return []
     lines = [f"{small}×{part}={small * part}" for part in parts]

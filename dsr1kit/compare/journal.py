@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from dsr1kit.errors import RunError, UsageError
-from dsr1kit.keys import redact
+from dsr1kit.keys import redact_texts
 from dsr1kit.records import Outcome
 
 Key = tuple[str, str, int]
@@ -37,15 +37,13 @@ class Journal:
         UsageError: the folder cannot be written, is in use, or holds another run (says what differs).
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self.records_path = folder / "records.jsonl"
         self.run_path = folder / "run.json"
         self._retired_path = folder / "retried.jsonl"
         # Redacted as it will lie on disk, or a run whose settings hold a secret would not know itself again.
-        self._identity = redacted(json.loads(json.dumps(identity)))
+        self._identity = redact_texts(json.loads(json.dumps(identity)))
         self._about = dict(about or {})
         self._file: IO[bytes] | None = None
         self.run_id = ""
@@ -97,7 +95,7 @@ class Journal:
         """
         assert self._file is not None  # noqa: S101 - only called inside the with block
         # Channel and item are the record's key; they come from the person and the task, never from a server.
-        clean = redacted(record) | {name: record[name] for name in ("channel", "item")}
+        clean = redact_texts(record) | {name: record[name] for name in ("channel", "item")}
         line = _line({"run": self.run_id, **clean})
         try:
             self._file.write(line)
@@ -162,13 +160,11 @@ class Journal:
             run["starts"] = [*run.get("starts", []), now]
         else:
             if self._began():
-                raise UsageError(
-                    f"{self.folder} holds records but no run.json; choose another folder with --out"
-                )
+                raise UsageError(f"{self.folder} holds records but no run.json; choose another folder with --out")
             self.run_id = f"{now[:10]}-{secrets.token_hex(4)}"
             run = {"run": self.run_id, "identity": self._identity, **self._about, "starts": [now]}
         draft = self.run_path.with_suffix(".tmp")
-        draft.write_text(json.dumps(redacted(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(redact_texts(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(self.run_path)
 
     def _began(self) -> bool:
@@ -188,9 +184,7 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 rest = self._file.read()
                 if rest.strip():
-                    raise UsageError(
-                        f"{self.records_path}, line {number}: not a record of this kit"
-                    ) from None
+                    raise UsageError(f"{self.records_path}, line {number}: not a record of this kit") from None
                 self.repaired_bytes = len(line) + len(rest)
                 break
             good += len(line)
@@ -218,17 +212,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}, line {number}: not a record of this kit") from None
     return records
-
-
-def redacted(value: Any) -> Any:
-    """A JSON value with keys redacted in its texts alone, so that it stays the JSON that it was."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {name: redacted(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(inner) for inner in value]
-    return value
 
 
 def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> IO[bytes]:

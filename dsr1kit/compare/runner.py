@@ -349,7 +349,7 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
         "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in reply.attempts],
         "from_cache": reply.from_cache,
         # The kit's emulator marks what it sends, so that a catalogue entry that points at one is told too.
-        "emulated": reply.emulated or "x-dsr1kit-emulated" in reply.headers,
+        "emulated": reply.emulated,
     }
 
 
@@ -374,9 +374,7 @@ def _order(settings: RunSettings, items: Sequence[Item]) -> Iterator[_Question]:
                 yield _Question(name, item, sample)
 
 
-def _identity(
-    settings: RunSettings, catalogue: Mapping[str, Channel], backends: Mapping[str, Any]
-) -> dict[str, Any]:
+def _identity(settings: RunSettings, catalogue: Mapping[str, Channel], backends: Mapping[str, Any]) -> dict[str, Any]:
     identity = asdict(settings) | {"channels": list(settings.channels)}
     # Raising the budget is how a run that hit it goes on.
     del identity["max_cost"]

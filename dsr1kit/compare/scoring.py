@@ -12,9 +12,7 @@ from fractions import Fraction
 from dsr1kit.records import Verdict
 
 # A minus behind a digit or a bracket subtracts; it is no sign.
-_NUMBER = re.compile(
-    r"(?:(?<![\d)])[-−])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:/\d+)?|\.\d+)", re.ASCII
-)
+_NUMBER = re.compile(r"(?:(?<![\d)])[-−])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:/\d+)?|\.\d+)", re.ASCII)
 _BRACES = re.compile(r"\\boxed\{|[{}]")
 # The exponent of a unit: cm², \text{ cm}^2, m^{3}.
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*(?:[²³]|\^\{?\d+\}?)")

@@ -70,9 +70,7 @@ class PairedDifference(NamedTuple):
     items_to_settle: int | None
 
 
-def paired_difference(
-    a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]
-) -> PairedDifference | None:
+def paired_difference(a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]) -> PairedDifference | None:
     """The mean difference over shared items, with the adjusted Wald interval of Bonett and Price (2012).
 
     One item each way is added before the usual interval is taken, which keeps its coverage when few items

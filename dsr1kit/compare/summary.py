@@ -42,11 +42,7 @@ def judged(records: Iterable[Record], *, truncated: bool = True) -> dict[str, li
 
 def timed(records: Iterable[Record], name: str) -> list[float]:
     """The values of one timing field that may enter a latency figure."""
-    return [
-        r[name]
-        for r in records
-        if r["outcome"] in _ANSWERED and not r["from_cache"] and r.get(name) is not None
-    ]
+    return [r[name] for r in records if r["outcome"] in _ANSWERED and not r["from_cache"] and r.get(name) is not None]
 
 
 def _channel(records: Sequence[Record]) -> dict[str, Any]:
@@ -145,9 +141,7 @@ def _quality(channels: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) ->
         elif pair["differs"]:
             # The best over all items need not be so over those that both answered.
             items = pair["items"]
-            parts.append(
-                f"{label} is {-high:.0f} to {-low:.0f} points ahead on the {items} items both answered"
-            )
+            parts.append(f"{label} is {-high:.0f} to {-low:.0f} points ahead on the {items} items both answered")
         else:
             settle = pair["items_to_settle"]
             more = f"about {_round_up(settle)} items would settle it" if settle else "no gap seen to settle"

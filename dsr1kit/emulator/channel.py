@@ -79,9 +79,7 @@ class EmulatedChannel:
             await self._client.__aenter__()
         except (TimeoutError, ValueError, KeyError):
             told = await self._stop()
-            raise RunError(
-                f"the emulator for {self.weather.path} did not start: {told or 'no word from it'}"
-            ) from None
+            raise RunError(f"the emulator for {self.weather.path} did not start: {told or 'no word from it'}") from None
         except BaseException:
             await self._stop()
             raise

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
+from dsr1kit.access.client import EMULATED_HEADER
 from dsr1kit.access.stream import estimate_tokens
 from dsr1kit.emulator.weather import Draw, Weather
 from dsr1kit.errors import UsageError
@@ -40,9 +42,7 @@ _STATUS = {
     "retired": (410, "This model has been retired"),
     "bad_request": (400, "Invalid request: the parameters were not accepted"),
 }
-_HTML = (
-    "<!DOCTYPE html><html><head><title>Service temporarily unavailable</title></head><body>busy</body></html>"
-)
+_HTML = "<!DOCTYPE html><html><head><title>Service temporarily unavailable</title></head><body>busy</body></html>"
 
 
 class Generator(Protocol):
@@ -109,6 +109,14 @@ class Emulator:
             UsageError: the port is taken.
         """
         async with AsyncExitStack() as stack:
+            try:  # before the model is loaded: a port that is taken is known at once
+                door = socket.create_server(("127.0.0.1", port), backlog=1024)
+            except OSError as error:
+                raise UsageError(
+                    f"port {port} on 127.0.0.1 cannot be used ({error.strerror or error}); "
+                    "choose another with --port, or 0 for any free one"
+                ) from None
+            stack.callback(door.close)
             if self.weather.model is not None:
                 self._model = await stack.enter_async_context(self._open_model())
             app = web.Application(client_max_size=64 * 1024 * 1024)
@@ -119,14 +127,7 @@ class Emulator:
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
-            try:
-                await site.start()
-            except OSError as error:
-                raise UsageError(
-                    f"port {port} on 127.0.0.1 cannot be used ({error.strerror or error}); "
-                    "choose another with --port, or 0 for any free one"
-                ) from None
+            await web.SockSite(runner, door).start()
             host, bound = runner.addresses[0][:2]
             yield f"http://{host}:{bound}/v1"
 
@@ -162,8 +163,7 @@ class Emulator:
             temperature=0.6 if wanted is None else float(wanted),
             top_p=0.95 if top_p is None else float(top_p),
             max_tokens=int(body.get("max_tokens") or 32768),
-            seed=int.from_bytes(hashlib.sha256(f"{self.weather.seed}/{key}".encode()).digest()[:4], "big")
-            >> 1,
+            seed=int.from_bytes(hashlib.sha256(f"{self.weather.seed}/{key}".encode()).digest()[:4], "big") >> 1,
         )
 
     # HTTP.
@@ -223,9 +223,7 @@ class Emulator:
             self._recent.append(now)
         return None
 
-    async def _whole(
-        self, request: web.Request, draw: Draw, answer: _Answer, arrived: float
-    ) -> web.StreamResponse:
+    async def _whole(self, request: web.Request, draw: Draw, answer: _Answer, arrived: float) -> web.StreamResponse:
         tokens = len(answer.reasoning) + len(answer.answer)
         await _until(arrived + draw.first_token_s + sum(draw.gaps_s(tokens - 1)))
         if draw.fault in ("cut", "stalled", "queued"):
@@ -287,16 +285,10 @@ class _Stream:
     async def _wait(self, response: web.StreamResponse, until: float, how: str) -> None:
         while how != "none" and time.monotonic() + self._weather.keep_alive_s < until:
             await asyncio.sleep(self._weather.keep_alive_s)
-            await (
-                self._line(response, ": keep-alive")
-                if how == "comment"
-                else response.write(self._end.encode())
-            )
+            await (self._line(response, ": keep-alive") if how == "comment" else response.write(self._end.encode()))
         await _until(until)
 
-    async def _tokens(
-        self, response: web.StreamResponse, tokens: Sequence[tuple[str, str]], first: bool
-    ) -> None:
+    async def _tokens(self, response: web.StreamResponse, tokens: Sequence[tuple[str, str]], first: bool) -> None:
         thought = "".join(t for kind, t in tokens if kind == "reasoning")
         said = "".join(t for kind, t in tokens if kind == "answer")
         kind = self._weather.reasoning
@@ -314,9 +306,7 @@ class _Stream:
 
     _closed = False
 
-    async def _chunk(
-        self, response: web.StreamResponse, delta: dict[str, str], finish: str | None = None
-    ) -> None:
+    async def _chunk(self, response: web.StreamResponse, delta: dict[str, str], finish: str | None = None) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         await self._event(response, self._envelope | {"choices": [choice]})
 
@@ -340,7 +330,7 @@ async def _until(at: float) -> None:
 
 
 def _mark() -> dict[str, str]:
-    return {"x-dsr1kit-emulated": "1"}
+    return {EMULATED_HEADER: "1"}
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -148,9 +148,7 @@ def load_weather(name: str | Path) -> Weather:
     """Read a weather file; raises ConfigError with file, table and key where a value is wrong."""
     path = find_weather(name)
     top = Table(path, "file", read_toml(path))
-    tables = {
-        key: top.table(key) for key in ("model", "latency", "peak", "limits", "faults", "dialect", "price")
-    }
+    tables = {key: top.table(key) for key in ("model", "latency", "peak", "limits", "faults", "dialect", "price")}
     title = top.text("title", path.stem)
     top.finish()
     values: dict[str, Any] = {"path": path, "title": title}
@@ -205,9 +203,7 @@ def _peak(t: Table) -> dict[str, Any]:
         try:
             low, high = (float(p) for p in cast("Any", parts))
         except (TypeError, ValueError):
-            raise t.error(
-                "hours", 'expected spans such as [[10, 12], [15, 17]] or ["10-12", "15-17"]'
-            ) from None
+            raise t.error("hours", 'expected spans such as [[10, 12], [15, 17]] or ["10-12", "15-17"]') from None
         if not 0 <= low < high <= 24:
             raise t.error("hours", f"expected 0 <= from < to <= 24, not {low:g} to {high:g}")
         hours.append((low, high))
@@ -230,9 +226,7 @@ def _faults(t: Table) -> dict[str, Any]:
     shares = {name: t.number(name, high=1.0) for name in FAULTS}
     faults = {name: share for name, share in shares.items() if share}
     if sum(faults.values()) > 1 + 1e-9:
-        raise t.error(
-            next(iter(faults)), f"the shares add up to {sum(faults.values()):g}; at most 1 is possible"
-        )
+        raise t.error(next(iter(faults)), f"the shares add up to {sum(faults.values()):g}; at most 1 is possible")
     return {"faults": faults}
 
 

@@ -212,11 +212,7 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
     if recipe.optimizer == "adamw":
-        return [
-            torch.optim.AdamW(
-                list(named.values()), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-            )
-        ]
+        return [torch.optim.AdamW(list(named.values()), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)]
     if recipe.optimizer != "muon":
         raise UsageError(f"optimizer must be muon or adamw, not {recipe.optimizer!r}")
     return [
@@ -370,13 +366,10 @@ def evaluate(
             asked = [f"{p.question} {INSTRUCTION[p.language]}" if instructed else p.question for p in part]
             prompts = tokenizer([prompt_text(text) for text in asked], add_special_tokens=False)["input_ids"]
             samplings = [
-                Sampling(temperature, top_p, max_tokens, seed=seed, sample=at + row)
-                for row in range(len(part))
+                Sampling(temperature, top_p, max_tokens, seed=seed, sample=at + row) for row in range(len(part))
             ]
             rows = generate_rows(model, marks, prompts, samplings, limits=[max_tokens] * len(part))
-            right += sum(
-                boxed(str(tokenizer.decode(row))) == p.value for row, p in zip(rows, part, strict=True)
-            )
+            right += sum(boxed(str(tokenizer.decode(row))) == p.value for row, p in zip(rows, part, strict=True))
         interval = binomtest(right, n).proportion_ci(method="wilson")
         scores.append(Score(kind, n, right, float(interval.low), float(interval.high)))
         if on_progress:

@@ -85,11 +85,7 @@ class ThinkingCap(LogitsProcessor):
         """Return scores [B, V], the closing tag alone possible in rows at their cap."""
         done = input_ids.shape[1] - self._start
         for row, cap in enumerate(self._caps):
-            if (
-                cap is not None
-                and done == cap
-                and not bool((input_ids[row, self._start :] == self._end_think).any())
-            ):
+            if cap is not None and done == cap and not bool((input_ids[row, self._start :] == self._end_think).any()):
                 scores = scores.clone()
                 scores[row] = float("-inf")
                 scores[row, self._end_think] = 0.0

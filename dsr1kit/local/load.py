@@ -121,9 +121,7 @@ def _cpu_flags() -> str:
     return ""
 
 
-def load(
-    source: str, quantization: Quantization, device: str, dtype: str, threads: int | None
-) -> LoadedModel:
+def load(source: str, quantization: Quantization, device: str, dtype: str, threads: int | None) -> LoadedModel:
     """Load `source` in the calling thread.
 
     Raises:
@@ -141,9 +139,7 @@ def load(
         return _load_quietly(source, quantization, device, dtype, started)
 
 
-def _load_quietly(
-    source: str, quantization: Quantization, device: str, dtype: str, started: float
-) -> LoadedModel:
+def _load_quietly(source: str, quantization: Quantization, device: str, dtype: str, started: float) -> LoadedModel:
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -191,9 +187,7 @@ def _load_quietly(
             "downloaded (with HF_HUB_OFFLINE set nothing is) and that it has safetensors weights"
         ) from error
     if not tokenizer.chat_template:
-        raise ModelError(
-            f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model"
-        )
+        raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
     parameters = sum(weight.numel() for weight in model.parameters())
     return LoadedModel(

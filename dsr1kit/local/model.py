@@ -160,9 +160,7 @@ class LocalModel:
             if "out of memory" not in str(error):
                 raise
             detail = f"{error}; ask for fewer max_tokens, or open the model with quantization='4bit'"
-            return replace(
-                base, outcome=Outcome.OVERLOADED, detail=detail, timing=Timing(total_s=loop.time() - due)
-            )
+            return replace(base, outcome=Outcome.OVERLOADED, detail=detail, timing=Timing(total_s=loop.time() - due))
         timing = timing_of(text, due, started[0], loop.time())
         if stop.is_set():  # closed meanwhile; a cancelled caller never gets here
             detail = f"{self.name} was closed before the answer was whole; keep it open while it is asked"
@@ -227,9 +225,7 @@ class LocalModel:
 
             for row, limit, tokens in zip(rows, limits, await self._in_worker(work, stop), strict=True):
                 text = Text(prompts[row][1])
-                feed, finish = read(
-                    loaded, text, lambda *piece, to=text: to.pieces.append(piece), lambda: 0.0
-                )
+                feed, finish = read(loaded, text, lambda *piece, to=text: to.pieces.append(piece), lambda: 0.0)
                 for token in tokens:
                     feed(token)
                 finish()
@@ -314,9 +310,7 @@ class LocalModel:
 def _too_long(prompt_tokens: int, context: int) -> str:
     if prompt_tokens < context:
         return ""
-    return (
-        f"the prompt has {prompt_tokens} tokens, the model's context is {context}; shorten the conversation"
-    )
+    return f"the prompt has {prompt_tokens} tokens, the model's context is {context}; shorten the conversation"
 
 
 def _capped(sampling: Sampling, opened: bool) -> Sampling:

@@ -17,9 +17,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 def refresh(path: Path) -> None:
     nb = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as empty:
-        NotebookClient(
-            nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": empty}}
-        ).execute()
+        NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": empty}}).execute()
     for cell in nb.cells:
         cell.metadata.pop("execution", None)  # time stamps change with every run and say nothing
     nb.metadata.pop("widgets", None)

@@ -118,9 +118,7 @@ def test_badge_opens_this_notebook_of_this_repository(path: Path) -> None:
     for text in texts(read(path)):
         for other in re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/", text):
             assert other == name
-        for other in re.findall(
-            r"git\+(https://github\.com/[\w.-]+/[\w.-]+?)(?:\.git)?(?=[@#\"'\s]|$)", text
-        ):
+        for other in re.findall(r"git\+(https://github\.com/[\w.-]+/[\w.-]+?)(?:\.git)?(?=[@#\"'\s]|$)", text):
             assert other == repository()
 
 
