@@ -407,6 +407,7 @@ DRAWS = [Sampling(max_tokens=60, seed=3, sample=i) for i in range(3)]
 
 
 def test_prepared_answers_add_no_computing_and_seeds_repeat_over_processes(weather_file):
+    pytest.importorskip("torch")
     path = weather_file("[latency]\nseed = 4", MODEL)
 
     async def inside():
