@@ -97,7 +97,15 @@ def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
     for c in load_channels(channel_file).values():
         key = c.key_present()
         retired = c.retired_on()
-        status = f"retired {retired}" if retired else f"needs {c.api_key_env}" if key is False else "ready"
+        status = (
+            f"retired {retired}"
+            if retired
+            else f"needs {c.api_key_env}"
+            if key is False
+            else "key set"
+            if key
+            else "no key needed"
+        )
         rows.append(
             {
                 "name": c.name, "title": c.title, "status": status, "model": c.model, "family": c.family,
@@ -154,6 +162,8 @@ def ask(
     from dsr1kit.live import LiveAnswer, reply_json, timing_line
     from dsr1kit.records import Sampling
 
+    if not question.strip():
+        raise UsageError("the question is empty")
     if channel and local:
         raise UsageError("give --channel or --local, not both")
     name = channel or f"local:{local or 'tiny-r1'}"
@@ -246,6 +256,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Ask several channels the same questions and report quality, latency and cost."""
+    from dsr1kit.compare.journal import SOUND
     from dsr1kit.compare.runner import RunSettings, run_comparison
     from dsr1kit.progress import terminal_progress
     from dsr1kit.records import Sampling
@@ -268,6 +279,11 @@ def compare(
         _print_json({"paths": paths, **done.summary})
     else:
         _print_paths(paths, done.summary["verdict"])
+    failed = sum(n for c in done.summary["channels"].values() for o, n in c["outcomes"].items() if o not in SOUND)
+    if failed and not quiet and not as_json:
+        print(
+            f"dsr1kit: {failed} requests failed; the same command with --retry-failed asks them again", file=sys.stderr
+        )
     dead = [n for n, c in done.summary["channels"].items() if c["accuracy"] is None and c["n"]]
     if dead:
         _explain(dead, done.summary, done.records)

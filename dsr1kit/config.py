@@ -6,6 +6,7 @@ Knows nothing about what the files mean; the catalogue and the weather are read 
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import math
 import sys
 import tomllib
@@ -25,7 +26,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        lines = path.read_text(encoding="utf-8").rstrip().count("\n") + 1
+        told = str(error).replace("(at end of document)", f"(at line {lines}, where the file ends)")
+        raise ConfigError(f"{path}: not valid TOML: {told}") from None
 
 
 class Table:
@@ -46,7 +49,8 @@ class Table:
 
     def error(self, key: str, message: str) -> ConfigError:
         """A ConfigError that names file, table and key."""
-        return ConfigError(f"{self.path}: [{self.where}] {key}: {message}")
+        where = f"[{self.where}]" if self.where else "top level,"
+        return ConfigError(f"{self.path}: {where} {key}: {message}")
 
     def has(self, key: str) -> bool:
         """Whether the file gives the key."""
@@ -113,7 +117,7 @@ class Table:
     def table(self, key: str) -> Table | None:
         """A sub-table; None where absent."""
         value = self._get(key, None, False)
-        return None if value is None else Table(self.path, f"{self.where}.{key}", value)
+        return None if value is None else Table(self.path, f"{self.where}.{key}".lstrip("."), value)
 
     def raw(self, key: str) -> Any:
         """The value as it stands."""
@@ -135,7 +139,8 @@ class Table:
         self._known.add(key)
         if key not in self._values:
             if required:
-                raise self.error(key, "is missing")
+                near = difflib.get_close_matches(key, self._values, n=1)
+                raise self.error(key, "is missing" + (f"; is {near[0]!r} meant to be it?" if near else ""))
             return default
         return self._values[key]
 

@@ -276,7 +276,8 @@ def _settings_of(path: Path, name: str, entry: object) -> NotebookSettings:
 
 
 def _first_line(source: str) -> str:
-    return next((line.strip() for line in source.splitlines() if line.strip()), "")
+    lines = [line.strip() for line in source.splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
 
 
 def _results(nb: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypedDict
@@ -60,7 +60,7 @@ def require_messages(messages: Sequence[Message]) -> None:
     if isinstance(messages, str) or not messages:
         raise UsageError('messages must be a list such as [{"role": "user", "content": "..."}]')
     for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
+        role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UsageError(
                 f"message {number} needs a role (system, user or assistant) and a content string, not {message!r:.80}"

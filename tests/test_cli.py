@@ -147,8 +147,8 @@ def test_a_wrong_channel_file_is_told_with_file_and_place(tmp_path: Path, text: 
     ("text", "told"),
     [
         ("[model]\nscript = 'x'\n[latency\n", "line 3"),
-        ("[model]\nscript = 'x'\n[latency]\nfirst_token_s = -1\n", "[file.latency] first_token_s"),
-        ("[model]\nscript = 'x'\n[faults]\nthrottled = 'often'\n", "[file.faults] throttled"),
+        ("[model]\nscript = 'x'\n[latency]\nfirst_token_s = -1\n", "[latency] first_token_s"),
+        ("[model]\nscript = 'x'\n[faults]\nthrottled = 'often'\n", "[faults] throttled"),
         ("[latency]\nfirst_token_s = 1\n", "[model] is missing"),
     ],
 )

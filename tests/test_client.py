@@ -759,3 +759,36 @@ def test_non_ascii_questions_arrive_whole():
             return json.loads(server.requests[0].body)["messages"][0]["content"]
 
     assert asyncio.run(inside()) == "十七加二十五？😀"
+
+
+def test_the_stall_clock_counts_from_the_first_token_on_not_after_the_first_token_clock():
+    reply, _ = play(response(delta(content="4"), HANG), first_token_s=20, stall_s=0.2)
+    assert reply.outcome is Outcome.STALLED
+    assert "0.2 s" in reply.detail
+
+
+def test_a_finish_reason_without_an_end_does_not_wait_for_any_clock():
+    reply, _ = play(response(delta(content="42"), delta(finish="stop"), HANG), first_token_s=20, stall_s=20)
+    assert reply.outcome is Outcome.OK
+
+
+def test_an_error_status_counts_although_its_body_never_ends():
+    head = b"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nRetry-After: 2\r\n\r\n4\r\nslow\r\n"
+    reply, _ = play([(0.0, head), HANG], first_token_s=20)
+    assert reply.outcome is Outcome.THROTTLED
+    assert reply.headers["retry-after"] == "2"
+
+
+def test_a_second_choice_is_no_part_of_the_answer():
+    second = event({"choices": [{"index": 1, "delta": {"content": "99"}}]})
+    reply, _ = play(response(delta(content="42"), second, delta(finish="stop") + DONE))
+    assert reply.answer == "42"
+
+
+def test_messages_that_are_no_mappings_are_the_callers_mistake():
+    async def inside():
+        async with Scripted(OK) as server, server.channel().open() as r1:
+            with pytest.raises(UsageError):
+                await r1.ask([3])
+
+    asyncio.run(inside())

@@ -547,3 +547,14 @@ def test_a_run_without_any_answer_still_has_a_summary_and_a_report(tmp_path: Pat
     assert "no reply could be judged" in done.summary["verdict"][0]
     assert "no answer arrived" in done.summary["verdict"][1]
     assert "not_an_answer" in done.report.read_text()
+
+
+def test_a_retry_of_an_emulated_failure_meets_new_weather(tmp_path: Path) -> None:
+    """Every start is a new emulator; without the attempt number each retry would draw the same fault again."""
+    name = weather(tmp_path, "w", "\\boxed{1}", "[latency]\nseed = 3\n[faults]\noverloaded = 0.5\n")
+    failed = [compare(tmp_path / "run", name, items=12).summary["channels"][name]["outcomes"]["overloaded"]]
+    for _ in range(6):
+        done = compare(tmp_path / "run", name, items=12, retry_failed=True)
+        failed.append(done.summary["channels"][name]["outcomes"].get("overloaded", 0))
+    assert failed[-1] < failed[0]
+    assert sum(done.summary["channels"][name]["outcomes"].values()) == 12

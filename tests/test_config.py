@@ -142,10 +142,11 @@ def test_a_weather_keeps_what_the_file_says(weather):
         (MODEL + '[peak]\nhours = [[1, 2]]\ntimezone = "Mars/Base"\n', "no such time zone"),
         (MODEL + '[peak]\nhours = [[1, 2]]\ntimezone = "../../etc/passwd"\n', "no such time zone"),
         (MODEL + "[peak]\nfactor = 2\n", "expected spans"),
-        (MODEL + "[peak]\nhours = [10, 12]\n", "expected spans"),
-        (MODEL + "[peak]\nhours = [[12, 10]]\n", "from < to"),
-        (MODEL + '[peak]\nhours = ["10:30-12"]\n', "expected spans"),
-        (MODEL + "[peak]\nhours = [[20, 25]]\n", "<= 24"),
+        (MODEL + "[peak]\nfactor = 2\n", "is missing"),
+        (MODEL + "[peak]\nhours = [10, 12, 15]\n", "expected spans"),
+        (MODEL + "[peak]\nhours = [[12, 12]]\n", "two different hours"),
+        (MODEL + '[peak]\nhours = ["ten-12"]\n', "expected spans"),
+        (MODEL + "[peak]\nhours = [[20, 25]]\n", "from 0 to 24"),
         (MODEL + "[price]\ninput = 1\n", "output: is missing"),
         ("model = 3\n", "must be a table"),
     ],
@@ -159,3 +160,10 @@ def test_wrong_weather_is_told_with_its_file(weather, text, told):
 def test_an_unknown_weather_is_told_with_the_nearest():
     with pytest.raises(UnknownName, match="did you mean 'busy'"):
         load_weather("bussy")
+
+
+def test_a_file_that_ends_too_early_names_its_last_line(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text('[channel.a]\nmodel = "m"\nbase_url = [')
+    with pytest.raises(ConfigError, match=r"t\.toml: not valid TOML: .*line 3"):
+        read_toml(path)

@@ -412,7 +412,7 @@ def test_prepared_answers_add_no_computing_and_seeds_repeat_over_processes(weath
 
     async def inside():
         async with EmulatedChannel(path) as one, EmulatedChannel(path) as two:
-            questions, prepared = [(QUESTION, s) for s in DRAWS], []
+            questions, prepared = [(QUESTION, s, 0) for s in DRAWS], []
             await asyncio.gather(one.prepare(questions, prepared.append), two.prepare(questions))
             assert sum(prepared) == len(DRAWS)
             first = [await one.ask(QUESTION, s) for s in DRAWS]
@@ -427,3 +427,17 @@ def test_prepared_answers_add_no_computing_and_seeds_repeat_over_processes(weath
     assert len(set(texts)) > 1
     # Generated beforehand, an answer comes at once; generated on demand it takes its computing.
     assert min(r.timing.first_token_s for r in first) < min(r.timing.first_token_s for r in again)
+
+
+@pytest.mark.parametrize(
+    "hours",
+    ["[[10, 12], [15, 17]]", '["10-12", "15-17"]', '"10-12, 15-17"', '["10:00-12:00", "15:00–17:00"]'],
+)
+def test_peak_hours_are_read_in_every_sensible_form(weather_file, hours):
+    weather = load_weather(weather_file(f"[peak]\nhours = {hours}\nfactor = 3.2"))
+    assert weather.peak_hours == ((10.0, 12.0), (15.0, 17.0))
+
+
+def test_a_flat_pair_is_one_span_and_a_span_over_midnight_two(weather_file):
+    assert load_weather(weather_file("[peak]\nhours = [10, 12]")).peak_hours == ((10.0, 12.0),)
+    assert load_weather(weather_file("[peak]\nhours = [[22, 6]]")).peak_hours == ((22.0, 24.0), (0.0, 6.0))

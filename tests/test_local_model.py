@@ -316,3 +316,16 @@ def test_a_folder_serves_as_well(tmp_path):
 def test_small_models_stay_in_fp32_on_a_processor():
     assert choose_dtype(1_400_000, "cpu")[0] == "float32"
     assert choose_dtype(1_500_000_000, "cpu")[1]
+
+
+def test_what_on_delta_raises_reaches_the_caller():
+    def refuse(_):
+        raise ZeroDivisionError("mine")
+
+    async def inside():
+        async with LocalModel("tiny-r1") as r1:
+            with pytest.raises(ZeroDivisionError):
+                await r1.ask([{"role": "user", "content": "What is 12 + 30?"}], on_delta=refuse)
+            return await r1.ask([{"role": "user", "content": "What is 12 + 30?"}], Sampling(temperature=0.0))
+
+    assert asyncio.run(inside()).outcome == "ok"

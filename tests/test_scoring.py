@@ -93,3 +93,9 @@ def test_every_fraction_equals_itself_and_not_its_neighbour(value: Fraction) -> 
 @given(st.text())
 def test_any_text_at_all_gets_a_verdict(answer: str) -> None:
     assert score_number(answer, "42") in ("right", "wrong")
+
+
+def test_an_answer_cut_off_by_a_limit_counts_only_what_it_boxed():
+    assert score_number("The answer is 12", "12", boxed_only=True) == "wrong"
+    assert score_number("so \\boxed{12} and then", "12", boxed_only=True) == "right"
+    assert score_number("so \\boxed{12", "12", boxed_only=True) == "wrong"

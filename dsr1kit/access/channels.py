@@ -170,7 +170,7 @@ def load_channels(path: str | Path | None = None) -> Catalogue:
 
 
 def _entries(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    top = Table(path, "file", read_toml(path))
+    top = Table(path, "", read_toml(path))
     table = top.table("channel")
     top.finish()
     raw = table.raw_all() if table else {}
@@ -229,12 +229,13 @@ def read_price(table: Table | None) -> Price | None:
     """A price from its table: input and output per million tokens, currency, as_of."""
     if table is None:
         return None
-    for key in ("input", "output"):
-        if not table.has(key):
+    amounts = {key: table.number(key) for key in ("input", "output")}
+    for key, amount in amounts.items():
+        if amount is None:
             raise table.error(key, "is missing")
     price = Price(
-        input=table.number("input") or 0.0,
-        output=table.number("output") or 0.0,
+        input=amounts["input"] or 0.0,
+        output=amounts["output"] or 0.0,
         currency=table.text("currency", "USD"),
         as_of=table.date("as_of"),
     )

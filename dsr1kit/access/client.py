@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 EMULATED_HEADER = "x-dsr1kit-emulated"
 _MOST_ERROR_BYTES = 256 * 1024
 _AFTER_DONE_S = 0.5  # how long a response may stay open after [DONE] before its connection is given up
+_ERROR_BODY_S = 2.0  # longest wait for the words of an error status
 
 
 class ChannelClient:
@@ -221,7 +222,7 @@ class _Call(Exchange):
         self._reused = False
         self._queue_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._ending = False
+        self._ending = self._flowing = False
 
     def _new_reader(self) -> CompletionReader:
         show = None if self._on_delta is None else self._show
@@ -240,6 +241,9 @@ class _Call(Exchange):
     # What the connection calls.
     def on_headers(self, status: int, headers: dict[str, str], at: float) -> None:
         self._status, self._headers = status, headers
+        if status != 200:  # the status says it; its words are waited for, but not for long
+            self._stop_timer()
+            self._timer = self._loop.call_later(_ERROR_BODY_S, self._give_up, Outcome.STALLED, "no end of the error")
 
     def on_body(self, data: bytes, at: float) -> None:
         if self._status == 200:
@@ -251,10 +255,16 @@ class _Call(Exchange):
         if self.done.done():  # given up, or on_delta raised: nobody reads the rest
             return False
         left = self._reader.parse_some(until)
-        if self._reader.done and not self._ending and not self.done.done():
+        if self.done.done():
+            return left
+        if self._reader.complete and not self._ending:
             self._ending = True
             self._stop_timer()
             self._timer = self._loop.call_later(_AFTER_DONE_S, self._complete)
+        elif not self._flowing and not self._ending and self._reader.last_text_at is not None:
+            self._flowing = True  # from the first text on, the stall clock alone counts
+            self._stop_timer()
+            self._stall_clock()
         return left
 
     def on_end(self, at: float) -> None:
@@ -284,11 +294,7 @@ class _Call(Exchange):
 
     # The clocks.
     def _first_token_clock(self) -> None:
-        last = self._reader.last_text_at
-        first_token_s, stall_s = self._client.clocks
-        if last is not None:
-            self._timer = self._loop.call_at(last + stall_s, self._stall_clock)
-            return
+        first_token_s, _ = self._client.clocks
         waited = f"no token within {first_token_s:g} s"
         if self._reader.keep_alives:
             self._give_up(Outcome.QUEUED, f"{waited}, only {self._reader.keep_alives} keep-alives")
@@ -307,6 +313,8 @@ class _Call(Exchange):
         if self._reader.complete:
             self._complete()
             return
+        if self._status not in (None, 200):  # an error whose body does not end
+            self.on_end(self._loop.time())
         if not self.done.done():
             self._reader.finish(broken=fact)
             self._end(outcome, outcomes.detail(outcome, fact), self._loop.time())

@@ -56,7 +56,7 @@ _ADVICE = {
     Outcome.NOT_AN_ANSWER: "this is not a Chat Completions answer; check base_url (it usually ends in /v1)",
     Outcome.NO_BALANCE: "the account has no balance left; top it up or use another channel",
     Outcome.UNAUTHORIZED: "the key was not accepted; check the key and what it is allowed to use",
-    Outcome.UNKNOWN_MODEL: "the model or path does not exist here; check model and base_url",
+    Outcome.UNKNOWN_MODEL: "the model or path does not exist here; check model and base_url (it usually ends in /v1)",
     Outcome.RETIRED: "the provider no longer serves this model; use another channel or run your own",
     Outcome.BAD_REQUEST: "the provider refused the request itself; its words say why",
     Outcome.UNREACHABLE: "no connection; check the network, the proxy and base_url",

@@ -169,6 +169,8 @@ class CompletionReader:
             self.model_served = event["model"]
         choices = event.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
+        if isinstance(choice, dict) and choice.get("index"):
+            return  # a second answer, which nobody asked for
         if not isinstance(choice, dict):
             return
         message = choice.get("delta") or choice.get("message")

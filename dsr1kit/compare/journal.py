@@ -21,7 +21,7 @@ from dsr1kit.keys import redact_texts
 from dsr1kit.records import Outcome
 
 Key = tuple[str, str, int]
-_SOUND = (Outcome.OK.value, Outcome.TRUNCATED.value, Outcome.FILTERED.value)
+SOUND = (Outcome.OK.value, Outcome.TRUNCATED.value, Outcome.FILTERED.value)
 
 
 class Journal:
@@ -85,7 +85,7 @@ class Journal:
 
     def failed(self) -> set[Key]:
         """Keys whose record is no reply that could be judged."""
-        return {key for key, outcome in self._outcomes.items() if outcome not in _SOUND}
+        return {key for key, outcome in self._outcomes.items() if outcome not in SOUND}
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and hand it to the operating system before returning.

@@ -11,7 +11,8 @@ import asyncio
 import datetime as dt
 import json
 import random
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -27,10 +28,10 @@ from dsr1kit.compare.journal import Journal
 from dsr1kit.compare.scoring import score_number
 from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import Item, load_task
-from dsr1kit.errors import RunError, UsageError
+from dsr1kit.errors import ModelError, RunError, UsageError
 from dsr1kit.keys import require_key
 from dsr1kit.local.load import locate
-from dsr1kit.records import Backend, Message, Outcome, Reply, Sampling, Verdict
+from dsr1kit.records import Attempt, Backend, Message, Outcome, Reply, Sampling, Verdict
 
 #: What runs may report while they go: (stage, done, total); stages are `prepare`, `hosted` and `local`.
 OnProgress = Callable[[str, int, int], None]
@@ -157,8 +158,12 @@ async def run_comparison(
         for name in settings.channels:
             own = [q for q in open_ones if q.channel == name and is_local(name)]
             if own:
-                async with backends[name] as backend:
-                    await run.local(backend, own)
+                try:
+                    async with backends[name] as backend:
+                        await run.local(backend, own)
+                except ModelError as error:
+                    finish(Path(out))  # what the others answered is there to be read
+                    raise ModelError(f"{error} (the other channels are in {Path(out) / 'report.html'})") from None
     return finish(Path(out))
 
 
@@ -197,7 +202,12 @@ class _Run:
         self._settings, self._journal, self._prices = settings, journal, prices
         self._tell = on_progress or (lambda *_: None)
         self._spent: defaultdict[str, float] = defaultdict(float)
-        for record in [*journal.retired(), *journal.read()]:
+        retired = journal.retired()
+        # How often each draw was asked before: an emulator must not meet it with the same weather again.
+        self._asked_before = Counter(
+            (r["channel"], r["item"], r["sample"]) for r in retired if r["outcome"] != Outcome.OVER_BUDGET
+        )
+        for record in [*retired, *journal.read()]:
             if record.get("cost"):
                 self._spent[record["currency"]] += record["cost"]
 
@@ -208,11 +218,12 @@ class _Run:
 
     async def prepare(self, opened: Mapping[str, Backend], questions: Sequence[_Question]) -> None:
         """Let emulated models answer before anything is measured."""
-        by_channel: dict[str, list[tuple[list[Message], Sampling]]] = defaultdict(list)
+        by_channel: dict[str, list[tuple[list[Message], Sampling, int]]] = defaultdict(list)
         for q in questions:
+            weather, before = getattr(opened[q.channel], "weather", None), self._asked_before[q.key]
             # A script's answers are ready; a model's are not.
-            if getattr(getattr(opened[q.channel], "weather", None), "model", None) is not None:
-                by_channel[q.channel].append((q.item.messages(), self._settings.sampling_for(q.sample)))
+            if weather is not None and (weather.model is not None or before):
+                by_channel[q.channel].append((q.item.messages(), self._settings.sampling_for(q.sample), before))
         total = sum(len(v) for v in by_channel.values())
         done = 0
 
@@ -306,6 +317,7 @@ class _Run:
             outcomes.detail(Outcome.OVER_BUDGET, f"--max-cost {self._settings.max_cost:g} was reached"),
             channel=name,
             model_requested=getattr(channel, "model", ""),
+            due_at=time.time(),
             emulated=getattr(channel, "emulated", False),
         )
 
@@ -315,6 +327,8 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
     timing, usage = reply.timing, reply.usage
     due = reply.due_at
     cost = price.cost(usage) if price is not None else None
+    asked = reply.outcome is not Outcome.OVER_BUDGET
+    attempts = reply.attempts or ((Attempt(channel, reply.outcome, timing.total_s),) if asked else ())
     return {
         "channel": channel,
         "item": item.id,
@@ -346,7 +360,7 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
         "verdict": verdict_of(reply, item),
         "cost": cost,
         "currency": price.currency if price is not None else None,
-        "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in reply.attempts],
+        "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in attempts],
         "from_cache": reply.from_cache,
         # The kit's emulator marks what it sends, so that a catalogue entry that points at one is told too.
         "emulated": reply.emulated,
@@ -357,7 +371,8 @@ def verdict_of(reply: Reply, item: Item) -> Verdict:
     """Judge a reply; one that is neither whole nor stopped by length says nothing about quality."""
     if reply.outcome not in (Outcome.OK, Outcome.TRUNCATED):
         return "unscored"
-    return score_number(reply.answer, item.gold)
+    # A number at which a limit cut the text off may be half a number, or a step of the thinking.
+    return score_number(reply.answer, item.gold, boxed_only=reply.outcome is Outcome.TRUNCATED)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -18,16 +18,19 @@ _BRACES = re.compile(r"\\boxed\{|[{}]")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*(?:[²³]|\^\{?\d+\}?)")
 
 
-def score_number(answer: str, gold: str) -> Verdict:
+def score_number(answer: str, gold: str, *, boxed_only: bool = False) -> Verdict:
     """Whether the answer's number equals the gold's, exactly.
 
     The number is the content of the last `\\boxed{}`, or, where there is none, the last number of the text.
+    With `boxed_only` (for answers cut off by a limit) a number outside a closed box counts for nothing.
     Thousands separators, full-width digits, a fraction and a unit behind the number are understood.
     """
     wanted = _number(gold)
     if wanted is None:
         return "unscored"
     box = last_boxed(answer)
+    if box is None and boxed_only:
+        return "wrong"
     return "right" if _number(answer if box is None else box) == wanted else "wrong"
 
 

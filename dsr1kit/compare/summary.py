@@ -165,7 +165,7 @@ def _money(channels: Mapping[str, Any]) -> str:
     told = []
     for name, c in channels.items():
         if c["cost_per_right"] is None:
-            cost = "price unknown" if c["cost_total"] is None else "nothing right"
+            cost = "price unknown" if c["currency"] is None else "nothing right"
         elif c["cost_per_right"] == 0:
             cost = "no fee"
         else:

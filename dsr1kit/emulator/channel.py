@@ -127,19 +127,19 @@ class EmulatedChannel:
 
     async def prepare(
         self,
-        questions: Sequence[tuple[Sequence[Message], Sampling]],
+        questions: Sequence[tuple[Sequence[Message], Sampling, int]],
         on_done: Callable[[int], None] | None = None,
     ) -> None:
         """Have the emulator's model answer the questions now, so that its computing is in no latency.
 
         Args:
-            questions: what will be asked, each with its sampling.
+            questions: what will be asked, its sampling, and how often it was asked of an earlier emulator.
             on_done: called with the number of questions answered since the last call.
 
         Raises:
             RunError: the emulator's model failed.
         """
-        if self.weather.model is None or self._client is None:
+        if self._client is None:
             return
         import aiohttp
 
@@ -148,7 +148,7 @@ class EmulatedChannel:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             for begin in range(0, len(questions), _PREPARED_AT_A_TIME):
                 part = questions[begin : begin + _PREPARED_AT_A_TIME]
-                bodies = [self._client.body(messages, sampling) for messages, sampling in part]
+                bodies = [self._client.body(messages, sampling) | {"attempt": n} for messages, sampling, n in part]
                 try:
                     async with session.post(url, json=bodies) as response:
                         response.raise_for_status()

@@ -176,8 +176,11 @@ class Emulator:
         return web.json_response({"outcomes": dict(self.served), "asked": dict(self._asked)}, headers=_mark())
 
     async def _prepare(self, request: web.Request) -> web.Response:
+        """Generate answers beforehand; `attempt` beside a body counts how often it was asked already."""
         bodies = await request.json()
-        await self._answers(bodies, [f"{_key(b)}/0" for b in bodies])
+        for body in bodies:
+            self._asked[_key(body)] = max(self._asked[_key(body)], int(body.get("attempt", 0)))
+        await self._answers(bodies, [f"{_key(b)}/{self._asked[_key(b)]}" for b in bodies])
         return web.json_response({"prepared": len(bodies)}, headers=_mark())
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:

@@ -147,7 +147,7 @@ def find_weather(name: str | Path) -> Path:
 def load_weather(name: str | Path) -> Weather:
     """Read a weather file; raises ConfigError with file, table and key where a value is wrong."""
     path = find_weather(name)
-    top = Table(path, "file", read_toml(path))
+    top = Table(path, "", read_toml(path))
     tables = {key: top.table(key) for key in ("model", "latency", "peak", "limits", "faults", "dialect", "price")}
     title = top.text("title", path.stem)
     top.finish()
@@ -195,18 +195,38 @@ def _latency(t: Table) -> dict[str, Any]:
     }
 
 
+_HOURS = 'expected spans such as [[10, 12], [15, 17]] or "10-12, 15-17"'
+
+
+def _hour(text: str | float) -> float:
+    """Hours of the day from a number, `10` or `10:30`."""
+    if isinstance(text, bool):
+        raise TypeError("a boolean is no hour")
+    if isinstance(text, int | float):
+        return float(text)
+    hours, _, minutes = text.strip().partition(":")
+    return float(hours) + int(minutes or 0) / 60
+
+
 def _peak(t: Table) -> dict[str, Any]:
+    if not t.has("hours"):
+        raise t.error("hours", "is missing; " + _HOURS)
     raw = t.raw("hours")
+    if isinstance(raw, str):
+        raw = raw.split(",")
+    elif isinstance(raw, list) and len(raw) == 2 and not any(isinstance(p, list) or "-" in str(p) for p in raw):
+        raw = [raw]  # one span, written flat
     hours: list[tuple[float, float]] = []
     for span in raw if isinstance(raw, list) else [raw]:
-        parts = span.split("-") if isinstance(span, str) else span
+        parts = span.replace("–", "-").split("-") if isinstance(span, str) else span
         try:
-            low, high = (float(p) for p in cast("Any", parts))
+            low, high = (_hour(part) for part in cast("Any", parts))
         except (TypeError, ValueError):
-            raise t.error("hours", 'expected spans such as [[10, 12], [15, 17]] or ["10-12", "15-17"]') from None
-        if not 0 <= low < high <= 24:
-            raise t.error("hours", f"expected 0 <= from < to <= 24, not {low:g} to {high:g}")
-        hours.append((low, high))
+            raise t.error("hours", _HOURS) from None
+        if not (0 <= low <= 24 and 0 <= high <= 24) or low == high:
+            raise t.error("hours", f"expected two different hours from 0 to 24, not {low:g} to {high:g}")
+        # A span over midnight is two.
+        hours += [(low, high)] if low < high else [(low, 24.0), (0.0, high)]
     zone = t.text("timezone", "UTC")
     try:
         ZoneInfo(zone)

@@ -141,12 +141,21 @@ class LocalModel:
             at = loop.time() - due
             return replace(base, outcome=Outcome.BAD_REQUEST, detail=refused, timing=Timing(total_s=at))
         text, stop, started = Text(opened), threading.Event(), [asked]
+        raised: list[Exception] = []
         limit = min(sampling.max_tokens, loaded.context - len(prompt))
 
         def show(kind: Kind, piece: str, at: float) -> None:
             text.pieces.append((kind, piece, at))
             if on_delta is not None:
-                loop.call_soon_threadsafe(on_delta, Delta(kind, piece, at - due))
+                loop.call_soon_threadsafe(tell, Delta(kind, piece, at - due))
+
+        def tell(delta: Delta) -> None:
+            try:
+                if on_delta is not None and not raised:
+                    on_delta(delta)
+            except Exception as error:  # the caller's own; it belongs to whoever awaits the reply
+                raised.append(error)
+                stop.set()
 
         def work() -> None:
             started[0] = loop.time()
@@ -161,6 +170,9 @@ class LocalModel:
                 raise
             detail = f"{error}; ask for fewer max_tokens, or open the model with quantization='4bit'"
             return replace(base, outcome=Outcome.OVERLOADED, detail=detail, timing=Timing(total_s=loop.time() - due))
+        await asyncio.sleep(0)  # pieces that wait in the loop are told before the reply
+        if raised:
+            raise raised[0]
         timing = timing_of(text, due, started[0], loop.time())
         if stop.is_set():  # closed meanwhile; a cancelled caller never gets here
             detail = f"{self.name} was closed before the answer was whole; keep it open while it is asked"
