@@ -29,13 +29,15 @@ class ThinkSplitter:
         mode: where the reasoning is. `auto` takes fields when they come and inline tags otherwise;
             `inline` also takes text before a lone closing tag as reasoning while it streams, because the
             chat templates of R1's distills pre-fill the opening tag; the two field modes leave tags alone.
+        thinks: whether the model is known to think: text that was stopped before any tag or field came is then
+            its thinking, not its answer.
 
     A closing tag without an opening one makes everything before it reasoning, in `auto` as well; there it
     is known only when the tag comes, so pieces shown live until then were called answer.
     """
 
-    def __init__(self, mode: ReasoningMode = "auto") -> None:
-        self._mode = mode
+    def __init__(self, mode: ReasoningMode = "auto", *, thinks: bool = False) -> None:
+        self._mode, self._thinks = mode, thinks
         self._pieces: list[Piece] = []
         self._inline = mode in ("auto", "inline")
         self._state: Literal["start", "think", "prefilled", "open_answer", "answer"] = "start"
@@ -70,6 +72,9 @@ class ThinkSplitter:
         if self._state == "prefilled" and not self._tag_seen and not truncated:
             # Declared inline, ended by itself, and no tag anywhere: the model did not think.
             self._relabel("answer")
+        if self._state == "open_answer" and self._thinks and truncated:
+            # Stopped before the closing tag that a model of this family would have written.
+            self._relabel("reasoning")
         return last
 
     @property

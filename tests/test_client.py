@@ -792,3 +792,16 @@ def test_messages_that_are_no_mappings_are_the_callers_mistake():
                 await r1.ask([3])
 
     asyncio.run(inside())
+
+
+def test_a_distill_stopped_inside_its_unmarked_thinking_has_given_no_answer():
+    script = response(delta(content="Okay, so it is 56"), delta(finish="length") + DONE)
+
+    async def inside(**fields):
+        async with Scripted(script) as server, server.channel(**fields).open() as r1:
+            return await r1.ask(QUESTION)
+
+    reply = asyncio.run(inside(family="r1-distill"))
+    assert (reply.outcome, reply.reasoning, reply.answer) == (Outcome.TRUNCATED, "Okay, so it is 56", "")
+    assert reply.timing.first_answer_s is None
+    assert asyncio.run(inside(family="other")).answer == "Okay, so it is 56"

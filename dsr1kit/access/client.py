@@ -226,7 +226,9 @@ class _Call(Exchange):
 
     def _new_reader(self) -> CompletionReader:
         show = None if self._on_delta is None else self._show
-        return CompletionReader(self._client.channel.reasoning, self._loop.time, show)
+        channel = self._client.channel
+        thinks = channel.family in ("r1", "r1-distill")
+        return CompletionReader(channel.reasoning, self._loop.time, show, thinks=thinks)
 
     def start(self, connection: Connection, connect_s: float, dispatched: float) -> None:
         """The connection is there and the request is about to be written."""

@@ -23,7 +23,7 @@ class CompletionReader:
     """Turns the bytes of a 200 response into pieces of text and facts.
 
     Args:
-        mode: where the reasoning is (see ThinkSplitter).
+        mode, thinks: where the reasoning is, and whether there ought to be some (see ThinkSplitter).
         now: the clock that slices are measured by, in seconds.
         on_pieces: called with each new list of pieces, as they are read.
     """
@@ -33,8 +33,10 @@ class CompletionReader:
         mode: ReasoningMode,
         now: Callable[[], float],
         on_pieces: Callable[[list[Piece]], None] | None = None,
+        *,
+        thinks: bool = False,
     ) -> None:
-        self.splitter = ThinkSplitter(mode)
+        self.splitter = ThinkSplitter(mode, thinks=thinks)
         self._mode = mode
         self._now = now
         self._on_pieces = on_pieces
