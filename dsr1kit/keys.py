@@ -88,7 +88,11 @@ def secret_values() -> list[str]:
 
 def redact(text: str) -> str:
     """`text` with every known key, and everything that looks like one, replaced by `[redacted]`."""
-    for value in secret_values():
+    return _without(text, secret_values())
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    for value in secrets:
         if value in text:
             text = text.replace(value, REDACTED)
     return _SECRET_SHAPES.sub(REDACTED, text)
@@ -96,10 +100,15 @@ def redact(text: str) -> str:
 
 def redact_texts(value: Any) -> Any:
     """A JSON value with keys redacted in its texts alone, so that it stays the JSON that it was."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {name: redact_texts(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_texts(inner) for inner in value]
-    return value
+    secrets = secret_values()  # once a value: records are written while latency is being measured
+
+    def clean(inner: Any) -> Any:
+        if isinstance(inner, str):
+            return _without(inner, secrets)
+        if isinstance(inner, Mapping):
+            return {name: clean(part) for name, part in inner.items()}
+        if isinstance(inner, list | tuple):
+            return [clean(part) for part in inner]
+        return inner
+
+    return clean(value)

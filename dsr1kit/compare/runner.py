@@ -24,7 +24,7 @@ from dsr1kit.access import outcomes
 from dsr1kit.access.channels import Channel, Price, load_channels
 from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
 from dsr1kit.compare import report
-from dsr1kit.compare.journal import Journal
+from dsr1kit.compare.journal import Journal, read_records
 from dsr1kit.compare.scoring import score_number
 from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import Item, load_task
@@ -169,8 +169,6 @@ async def run_comparison(
 
 def finish(folder: Path) -> Finished:
     """Write summary.json and report.html from what the folder holds."""
-    from dsr1kit.compare.journal import read_records
-
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     records = read_records(folder / "records.jsonl")
     summary = summarize(records, run["identity"]["channels"]) | {
