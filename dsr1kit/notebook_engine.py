@@ -190,8 +190,7 @@ class _Manager(NotebookExecutionManager):  # type: ignore[misc]  # papermill has
     def cell_start(self, cell: Any, cell_index: int = 0, **kwargs: Any) -> None:
         if _runs(cell):
             self.current = cell_index
-            line = cell.source.strip().splitlines()[0]
-            self._on_cell(self._code.index(cell_index) + 1, len(self._code), line)
+            self._on_cell(self._code.index(cell_index) + 1, len(self._code), first_line(cell.source))
             super().cell_start(cell, cell_index, **kwargs)
             self._dog.cell_starts()
 
@@ -207,6 +206,12 @@ class _Manager(NotebookExecutionManager):  # type: ignore[misc]  # papermill has
         self.end_time = self.now()
         self.nb.metadata.papermill["end_time"] = self.end_time.isoformat()
         self.nb.metadata.papermill["duration"] = (self.end_time - self.start_time).total_seconds()
+
+
+def first_line(source: str) -> str:
+    """The line that names a cell to a person: its first that is no comment, else its first."""
+    lines = [line.strip() for line in source.splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
 
 
 def _runs(cell: Any) -> bool:

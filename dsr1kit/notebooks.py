@@ -193,23 +193,23 @@ def run_notebook(
     defaults = [p.default for p in declared if p.name in secret and p.default]
 
     # Imported here: papermill and Jupyter take about a second.
-    from dsr1kit.notebook_engine import Redactor, execute
+    from dsr1kit.notebook_engine import Redactor, execute, first_line
 
     clean = Redactor([*(str(effective[n]) for n in secret), *map(str, defaults)])
 
     def save(copy: Any) -> None:
         _write(executed, clean.notebook(copy))
 
-    def tell(number: int, count: int, first_line: str) -> None:
+    def tell(number: int, count: int, line: str) -> None:
         if on_progress is not None:
-            on_progress(number, count, clean.text(first_line))
+            on_progress(number, count, clean.text(line))
 
     started = dt.datetime.now(dt.UTC)
     ended = execute(nb, passed, save=save, on_cell=tell, cell_timeout_s=cell_timeout_s, total_timeout_s=total_timeout_s)
     failing = None
     if ended.failing_index is not None:
         cell = ended.nb.cells[ended.failing_index]
-        line = clean.text(_first_line(cell.source))
+        line = clean.text(first_line(cell.source))
         failing = FailingCell(cell.id, ended.failing_index, line, clean.text(ended.error))
     error = clean.text(ended.error)
     if failing is not None:
@@ -273,11 +273,6 @@ def _settings_of(path: Path, name: str, entry: object) -> NotebookSettings:
         if not isinstance(value, str | int | float | bool | None):
             raise ConfigError(f"{path}: {name}.test_parameters.{key} must be a scalar, not {value!r:.60}")
     return NotebookSettings(float(limits["cell"]), float(limits["total"]), parameters)
-
-
-def _first_line(source: str) -> str:
-    lines = [line.strip() for line in source.splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
 
 
 def _results(nb: Any) -> dict[str, Any]:
