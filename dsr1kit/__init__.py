@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsr1kit.access.channels import Channel, Price, load_channels
+    from dsr1kit.access.channels import Channel, load_channels
+    from dsr1kit.access.prices import Price
     from dsr1kit.backends import open_backend
     from dsr1kit.errors import Dsr1kitError
     from dsr1kit.local.model import LocalModel
@@ -34,7 +35,7 @@ __all__ = [
 
 _HOMES = {
     "Channel": "access.channels",
-    "Price": "access.channels",
+    "Price": "access.prices",
     "load_channels": "access.channels",
     "open_backend": "backends",
     "Dsr1kitError": "errors",

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from dsr1kit.access.channels import Channel, Price, load_channels
+from dsr1kit.access.channels import Channel, load_channels
+from dsr1kit.access.prices import Price
 from dsr1kit.records import Backend
 
 EMULATED, LOCAL = "emulated:", "local:"

@@ -7,7 +7,8 @@ import datetime as dt
 import pytest
 
 from dsr1kit import load_channels
-from dsr1kit.access.channels import Channel, Price
+from dsr1kit.access.channels import Channel
+from dsr1kit.access.prices import Price
 from dsr1kit.errors import ConfigError, UnknownName
 from dsr1kit.records import Usage
 
@@ -90,19 +91,20 @@ def test_every_field_is_read(load):
         'family = "r1"\nprotocol = "bedrock-converse"\nreasoning = "inline"\nweight = 2.5\nbackup = true\n'
         'region = "cn"\nproxy = "http://me:pw@127.0.0.1:8080"\nrequests_per_minute = 60\n'
         "tokens_per_minute = 1000\nmax_in_flight = 8\ncontext = 1000\nmax_output = 100\n"
-        'price = {input = 0.5, output = 2, currency = "CNY", as_of = 2026-07-01}\ntariff = "t"\n'
-        'retires = 2099-01-01\nsource = "s"\nas_of = 2026-11-23\n'
+        'price = {input = 0.5, output = 2, currency = "CNY", as_of = 2026-07-01}\ntariff = "deepseek-peak"\n'
+        'retires = 2099-01-01\nsource = "s"\nas_of = 2026-11-23\nnote = "n"\n'
+        'availability = 0.9995\nbalance_path = "/user/balance"\n'
     )["mine"]
+    peak = load_channels()["deepseek"].peak
+    assert peak is not None
     assert mine == Channel(
         name="mine", title="T", base_urls=("https://h.example/v1",), model="m", api_key_env="K", family="r1",
         protocol="bedrock-converse", reasoning="inline", weight=2.5, backup=True, region="cn",
         proxy="http://me:pw@127.0.0.1:8080", requests_per_minute=60.0, tokens_per_minute=1000.0,
-        max_in_flight=8, context=1000, max_output=100,
-        price=Price(0.5, 2.0, "CNY", dt.date(2026, 7, 1)), tariff="t",
-        retires=dt.date(2099, 1, 1), source="s", as_of=dt.date(2026, 11, 23),
+        max_in_flight=8, availability=0.9995, context=1000, max_output=100,
+        price=Price(0.5, 2.0, "CNY", dt.date(2026, 7, 1), peak), tariff="deepseek-peak", peak=peak,
+        balance_path="/user/balance", retires=dt.date(2099, 1, 1), source="s", as_of=dt.date(2026, 11, 23), note="n",
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="bedrock-converse"):
-        mine.open()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dsr1kit.access.channels import Price
+from dsr1kit.access.prices import Price
 from dsr1kit.compare import report, runner
 from dsr1kit.compare.journal import read_records
 from dsr1kit.compare.runner import Finished, RunSettings, run_comparison

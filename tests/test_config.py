@@ -94,7 +94,7 @@ def test_shipped_weathers_load_by_name(name):
 
 def test_a_weather_needs_its_model_alone(weather):
     loaded = weather(MODEL)
-    assert (loaded.script, loaded.first_token_s, loaded.faults, loaded.usage) == ("42", 0.0, {}, True)
+    assert (loaded.scripts, loaded.first_token_s, loaded.faults, loaded.usage) == (("42",), 0.0, {}, "split")
     assert loaded.title == "w"
 
 
@@ -114,7 +114,7 @@ def test_a_weather_keeps_what_the_file_says(weather):
     assert loaded.timezone == "Asia/Shanghai"
     assert (loaded.requests_per_minute, loaded.max_in_flight, loaded.faults) == (9.0, 2, {"cut": 0.5})
     assert (loaded.reasoning, loaded.keep_alive, loaded.tokens_per_chunk) == ("inline", "blank", 2)
-    assert (loaded.usage, loaded.done, loaded.crlf) == (False, False, True)
+    assert (loaded.usage, loaded.done, loaded.crlf) == ("none", False, True)
     assert loaded.price.currency == "CNY"
 
 

@@ -7,45 +7,27 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
+from dsr1kit.access.prices import Price, Tariff, read_holidays, read_price, read_tariff
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ConfigError, UnknownName
 from dsr1kit.keys import find_key
 from dsr1kit.paths import data_dir
-from dsr1kit.records import ReasoningMode, Usage
+from dsr1kit.records import ReasoningMode
 
 if TYPE_CHECKING:
     from dsr1kit.access.client import ChannelClient
 
 Family = Literal["r1", "r1-distill", "successor", "other"]
+WireProtocol = Literal["chat-completions", "bedrock-converse"]
 ENVIRONMENT = "DSR1KIT_CHANNELS"
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What a million tokens cost.
-
-    Attributes:
-        input: prompt tokens, in `currency` per million.
-        output: reasoning and answer tokens together, likewise.
-        as_of: when this was read.
-    """
-
-    input: float
-    output: float
-    currency: str = "USD"
-    as_of: dt.date | None = None
-
-    def cost(self, usage: Usage) -> float | None:
-        """Cost of one reply in `currency`; None where the tokens were not counted at all."""
-        if usage.prompt_tokens is None and usage.completion_tokens is None:
-            return None
-        return ((usage.prompt_tokens or 0) * self.input + (usage.completion_tokens or 0) * self.output) / 1e6
+_WARN_DAYS = 30  # vendors may shrink a model's quota from the day its retirement is announced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,22 +35,28 @@ class Channel:
     """One way to R1; the fields are those of the catalogue file (see README).
 
     Attributes:
-        base_urls: where Chat Completions lives, without `/chat/completions`.
+        base_urls: where Chat Completions lives, without `/chat/completions`; of several, the nearest is used.
+        fill_in: fields that a person must add before the entry can be used; `note` says how.
         api_key_env: name of the variable that holds the key; empty: no key needed.
         reasoning: how this place returns reasoning.
         requests_per_minute, tokens_per_minute, max_in_flight: limits kept on this side.
+        availability: share of requests that the place promises to answer, to hold it to.
         context, max_output: in tokens.
+        price, tariff: what it costs, and the name of the peak hours over it; `price.at(moment)` knows both.
+        balance_path: where the account's balance is read, below the base URL's host and path.
         retires: from this moment the place no longer serves the model.
+        note: what else is known about the place.
         emulated: served by the kit's own emulator; told in every record and report.
     """
 
     name: str
     base_urls: tuple[str, ...]
     model: str
+    fill_in: tuple[str, ...] = ()
     title: str = ""
     api_key_env: str = ""
     family: Family = "other"
-    protocol: Literal["chat-completions", "bedrock-converse"] = "chat-completions"
+    protocol: WireProtocol = "chat-completions"
     reasoning: ReasoningMode = "auto"
     weight: float = 1.0
     backup: bool = False
@@ -77,13 +65,17 @@ class Channel:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     max_in_flight: int | None = None
+    availability: float | None = None
     context: int | None = None
     max_output: int | None = None
     price: Price | None = None
     tariff: str = ""
+    peak: Tariff | None = field(default=None, repr=False)
+    balance_path: str = ""
     retires: dt.date | None = None
     source: str = ""
     as_of: dt.date | None = None
+    note: str = ""
     emulated: bool = False
 
     def open(
@@ -94,30 +86,72 @@ class Channel:
         deadline_s: float | None = None,
         connect_s: float = 10.0,
     ) -> ChannelClient:
-        """The Backend for this channel, to be used with `async with`; limits in seconds."""
+        """The Backend for this channel, to be used with `async with`; limits in seconds.
+
+        Raises:
+            ConfigError: the entry lacks what a person has to fill in.
+        """
         from dsr1kit.access.client import ChannelClient
 
-        if self.protocol != "chat-completions":
-            raise ConfigError(f"channel {self.name!r}: protocol {self.protocol!r} cannot be opened by this version")
+        if self.fill_in:
+            raise ConfigError(
+                f"channel {self.name!r} cannot be used as shipped: put {' and '.join(self.fill_in)} under "
+                f"[channel.{self.name}] in your own file (--channel-file, or {ENVIRONMENT})"
+                + (f". {self.note}" if self.note else "")
+            )
         return ChannelClient(
             self, first_token_s=first_token_s, stall_s=stall_s, deadline_s=deadline_s, connect_s=connect_s
         )
 
-    def retired_on(self, now: dt.datetime | None = None) -> str:
-        """The date on which the channel was retired, if that is past at `now` (UTC); else an empty string."""
+    def retires_at(self) -> dt.datetime | None:
+        """The moment from which the place no longer serves the model (UTC), where it is known."""
         if self.retires is None:
-            return ""
-        now = now or dt.datetime.now(dt.UTC)
+            return None
         moment = self.retires
         if not isinstance(moment, dt.datetime):
             moment = dt.datetime(moment.year, moment.month, moment.day)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.UTC)
-        return f"{self.retires:%Y-%m-%d}" if moment <= now else ""
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)
+
+    def retired_on(self, now: dt.datetime | None = None) -> str:
+        """The date on which the channel was retired, if that is past at `now` (UTC); else an empty string."""
+        moment = self.retires_at()
+        past = moment is not None and moment <= (now or dt.datetime.now(dt.UTC))
+        return f"{self.retires:%Y-%m-%d}" if past else ""
+
+    def retirement_warning(self, now: dt.datetime | None = None) -> str:
+        """A sentence within 30 days of the retirement; before and after that, an empty string."""
+        moment = self.retires_at()
+        left = None if moment is None else moment - (now or dt.datetime.now(dt.UTC))
+        if left is None or not dt.timedelta(0) < left <= dt.timedelta(days=_WARN_DAYS):
+            return ""
+        days = f"{left.days} days" if left.days > 1 else "a day" if left.days else "less than a day"
+        return (
+            f"{self.name} retires {self.model} on {self.retires:%Y-%m-%d}, in {days}: until then its quota may "
+            "shrink step by step, which looks like 'busy'"
+        )
 
     def key_present(self) -> bool | None:
         """Whether the key is at hand; None where none is needed."""
+        if self.protocol == "bedrock-converse":
+            from dsr1kit.access.converse import credentials_present
+
+            return credentials_present(self.api_key_env)
         return find_key(self.api_key_env) is not None if self.api_key_env else None
+
+    def closed_because(self, now: dt.datetime | None = None) -> str:
+        """Why the channel cannot be used at `now`, as far as that is known here; empty: it can.
+
+        Nothing is asked of the network, save that a server on this machine is looked for on its port.
+        """
+        if retired := self.retired_on(now):
+            return f"retired {retired}"
+        if self.fill_in:
+            return "to fill in"
+        if self.key_present() is False:
+            return f"needs {self.api_key_env}"
+        if self.emulated or not all(map(_loopback, self.base_urls)) or any(map(_listens, self.base_urls)):
+            return ""
+        return "not running"
 
 
 class Catalogue(Mapping[str, Channel]):
@@ -158,46 +192,64 @@ def load_channels(path: str | Path | None = None) -> Catalogue:
     Raises:
         ConfigError: a file does not parse or holds a wrong key or value; says where.
     """
-    entries = _entries(data_dir() / "channels.toml")
-    own = path or os.environ.get(ENVIRONMENT, "").strip()
-    if own:
-        for name, (file, values) in _entries(Path(own).expanduser()).items():
-            base = entries[name][1] if name in entries else {}
-            if "base_url" in values or "base_urls" in values:
+    files = [_sections(data_dir() / "channels.toml")]
+    if own := path or os.environ.get(ENVIRONMENT, "").strip():
+        files.append(_sections(Path(own).expanduser()))
+    holidays = {name: read_holidays(t) for sections in files for name, t in _tables(sections, "holidays")}
+    tariffs = {name: read_tariff(t, name, holidays) for sections in files for name, t in _tables(sections, "tariff")}
+    entries: dict[str, Table] = {}
+    for sections in files:
+        for name, table in _tables(sections, "channel"):
+            base = entries[name].raw_all() if name in entries else {}
+            if table.has("base_url") or table.has("base_urls"):
                 base = {k: v for k, v in base.items() if k not in ("base_url", "base_urls")}
-            entries[name] = (file, base | values)
-    return Catalogue({name: _channel(file, name, values) for name, (file, values) in entries.items()})
+            entries[name] = Table(table.path, table.where, base | table.raw_all())
+    return Catalogue({name: _channel(name, table, tariffs) for name, table in entries.items()})
 
 
-def _entries(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def _sections(path: Path) -> dict[str, Table | None]:
     top = Table(path, "", read_toml(path))
-    table = top.table("channel")
+    sections = {kind: top.table(kind) for kind in ("channel", "tariff", "holidays")}
     top.finish()
-    raw = table.raw_all() if table else {}
-    for name, values in raw.items():
+    return sections
+
+
+def _tables(sections: Mapping[str, Table | None], kind: str) -> Iterator[tuple[str, Table]]:
+    section = sections[kind]
+    if section is None:
+        return
+    for name, values in section.raw_all().items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: channel.{name} must be a table: [channel.{name}]")
-    return {name: (path, values) for name, values in raw.items()}
+            raise ConfigError(f"{section.path}: {kind}.{name} must be a table: [{kind}.{name}]")
+        yield name, Table(section.path, f"{kind}.{name}", values)
 
 
-def _channel(path: Path, name: str, values: dict[str, Any]) -> Channel:
-    t = Table(path, f"channel.{name}", values)
+def _channel(name: str, t: Table, tariffs: Mapping[str, Tariff]) -> Channel:
+    missing = tuple(key for key in t.texts("fill_in") if not t.has(key))
     if t.has("base_url") and t.has("base_urls"):
         raise t.error("base_urls", "give base_url or base_urls, not both")
     if t.has("base_urls"):
         urls = t.texts("base_urls")
         if not urls:
             raise t.error("base_urls", "expected at least one URL")
+    elif "base_url" in missing:
+        urls = ()
     else:
         urls = (t.text("base_url", required=True),)
     key = "base_urls" if t.has("base_urls") else "base_url"
     proxy = t.text("proxy")
     if proxy:
-        _check_url(t, "proxy", proxy, ("http",), login_allowed=True)
+        _check_url(t, "proxy", proxy, ("http", "https"), login_allowed=True)
+    tariff = t.text("tariff")
+    if tariff and tariff not in tariffs:
+        raise t.error("tariff", str(UnknownName("tariff", tariff, tariffs)))
+    peak = tariffs.get(tariff)
+    price = read_price(t.table("price"))
     channel = Channel(
         name=name,
         base_urls=tuple(_check_url(t, key, url, ("http", "https")) for url in urls),
-        model=t.text("model", required=True),
+        model=t.text("model", required="model" not in missing),
+        fill_in=missing,
         title=t.text("title", name),
         api_key_env=t.text("api_key_env"),
         family=cast("Family", t.text("family", "other", choices=("r1", "r1-distill", "successor", "other"))),
@@ -215,32 +267,18 @@ def _channel(path: Path, name: str, values: dict[str, Any]) -> Channel:
         max_in_flight=t.whole("max_in_flight", low=1),
         context=t.whole("context", low=1),
         max_output=t.whole("max_output", low=1),
-        price=read_price(t.table("price")),
-        tariff=t.text("tariff"),
+        availability=t.number("availability", high=1.0),
+        price=None if price is None else replace(price, tariff=peak),
+        tariff=tariff,
+        peak=peak,
+        balance_path=t.text("balance_path"),
         retires=t.date("retires"),
         source=t.text("source"),
         as_of=t.date("as_of"),
+        note=t.text("note"),
     )
     t.finish()
     return channel
-
-
-def read_price(table: Table | None) -> Price | None:
-    """A price from its table: input and output per million tokens, currency, as_of."""
-    if table is None:
-        return None
-    amounts = {key: table.number(key) for key in ("input", "output")}
-    for key, amount in amounts.items():
-        if amount is None:
-            raise table.error(key, "is missing")
-    price = Price(
-        input=amounts["input"] or 0.0,
-        output=amounts["output"] or 0.0,
-        currency=table.text("currency", "USD"),
-        as_of=table.date("as_of"),
-    )
-    table.finish()
-    return price
 
 
 def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, login_allowed: bool = False) -> str:
@@ -260,3 +298,18 @@ def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, lo
     if parts.fragment:
         raise table.error(key, f"must not have a fragment (#...): {url!r}")
     return url.rstrip("/")
+
+
+def _loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _listens(url: str) -> bool:
+    """Whether something listens on this machine at the URL's port; known at once."""
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=0.2):
+            return True
+    except OSError:
+        return False

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from dsr1kit import about
 from dsr1kit.access import outcomes
-from dsr1kit.access.channels import Channel, Price, load_channels
+from dsr1kit.access.channels import Channel, load_channels
+from dsr1kit.access.prices import Price
 from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
 from dsr1kit.compare import report
 from dsr1kit.compare.journal import Journal, read_records
@@ -305,8 +306,7 @@ class _Run:
 
     def _over_budget(self, name: str) -> bool:
         price = self._prices[name]
-        free = price is not None and price.input == price.output == 0
-        return self.budget_spent() and not free
+        return self.budget_spent() and not (price is not None and price.free)
 
     def _not_asked(self, backend: Backend, name: str) -> Reply:
         channel = getattr(backend, "channel", None)
@@ -324,7 +324,8 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
     """One line of records.jsonl (without the run's id)."""
     timing, usage = reply.timing, reply.usage
     due = reply.due_at
-    cost = price.cost(usage) if price is not None else None
+    ended = dt.datetime.now(dt.UTC) if due is None else dt.datetime.fromtimestamp(due + (timing.total_s or 0.0), dt.UTC)
+    cost = price.at(ended).cost(usage) if price is not None else None  # charged by when it completes
     asked = reply.outcome is not Outcome.OVER_BUDGET
     attempts = reply.attempts or ((Attempt(channel, reply.outcome, timing.total_s),) if asked else ())
     return {
