@@ -99,7 +99,7 @@ def test_times_are_those_of_the_script():
     assert len(t.gaps_s) == 3
     assert sum(t.gaps_s) == pytest.approx(t.total_s - t.first_token_s)
     assert all(gap > 0.02 for gap in t.gaps_s)
-    assert reply.extra == {"keep_alives": 1, "chunks": 4}
+    assert (reply.extra["keep_alives"], reply.extra["chunks"]) == (1, 4)
 
 
 def test_several_tokens_in_one_chunk_count_by_usage():

@@ -8,23 +8,24 @@ stall (silence between tokens) and the deadline of the whole. Knows nothing abou
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dsr1kit import keys
 from dsr1kit.access import outcomes
+from dsr1kit.access.fetch import PLAIN_HEADERS, Fetched, fetch
 from dsr1kit.access.http import Connection, Exchange, NotHttp, StaleConnection
 from dsr1kit.access.limits import Limits
 from dsr1kit.access.pool import Pool
-from dsr1kit.access.stream import CompletionReader
+from dsr1kit.access.quota import Quota, read_quota
+from dsr1kit.access.reach import Reach, by_nearness, why_unreachable
+from dsr1kit.access.wire import Wire, bearer, encode, wire_for
 from dsr1kit.errors import UsageError
 from dsr1kit.records import (
+    BUSY,
     R1_SAMPLING,
     Attempt,
     Delta,
@@ -82,21 +83,29 @@ class ChannelClient:
         self._first_token_s, self._stall_s = first_token_s, stall_s
         self._deadline_s, self._connect_s = deadline_s, connect_s
         self._key: str | None = None
-        self._pool: Pool | None = None
+        self._pools: list[Pool] = []
+        self._answered_at_once = 0
+        self.reaches: list[Reach] = []
         self._limits = Limits(channel.requests_per_minute, channel.tokens_per_minute, channel.max_in_flight)
 
     async def __aenter__(self) -> Self:
-        if self.channel.api_key_env:
-            self._key = keys.require_key(self.channel.api_key_env, self.name)
-        self._pool = Pool(self.channel.base_urls[0], proxy=self.channel.proxy, connect_s=self._connect_s)
+        channel = self.channel
+        if channel.protocol == "bedrock-converse":
+            self._key = keys.find_key(channel.api_key_env)  # AWS keys do as well
+        elif channel.api_key_env:
+            self._key = keys.require_key(channel.api_key_env, self.name)
+        self.wire: Wire = wire_for(channel, self._key)
+        self._pools = [Pool(url, proxy=channel.proxy, connect_s=self._connect_s) for url in channel.base_urls]
+        if len(self._pools) > 1 and not channel.retired_on():
+            self.reaches, self._pools = await by_nearness(self._pools, bearer(self._key))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        for pool in self._pools:
+            pool.close()
+        self._pools = []
 
     async def ask(
         self,
@@ -107,7 +116,7 @@ class ChannelClient:
         due: float | None = None,
     ) -> Reply:
         """Ask once; see `Backend.ask`. `max_tokens` is clamped to the channel's `max_output`."""
-        if self._pool is None:
+        if not self._pools:
             raise UsageError(f"channel {self.name!r} is not open: use `async with channel.open() as r1:`")
         require_messages(messages)
         loop = asyncio.get_running_loop()
@@ -121,8 +130,10 @@ class ChannelClient:
         try:
             limit = asyncio.timeout_at(None if self._deadline_s is None else due + self._deadline_s)
             async with limit, self._limits.slot():
-                reply = await self._exchange(call, self._request(messages, sampling))
+                reply = await self._exchange(call, messages, sampling)
                 self._limits.spent(reply.usage)
+                if reply.answer:
+                    self._answered_at_once = max(self._answered_at_once, self._limits.in_flight)
                 return reply
         except TimeoutError:
             if not limit.expired():
@@ -136,62 +147,49 @@ class ChannelClient:
             call.close()
             raise
 
-    def body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, object]:
+    def body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
         """The request's JSON body."""
-        body: dict[str, object] = {
-            "model": self.channel.model,
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": min(sampling.max_tokens, self.channel.max_output or sampling.max_tokens),
-        }
-        if (seed := sampling.draw_seed()) is not None:
-            body["seed"] = seed
-        if sampling.max_thinking_tokens is not None:
-            body["thinking_budget"] = sampling.max_thinking_tokens
-        return body
+        return self.wire.body(messages, sampling)
 
-    def _request(self, messages: Sequence[Message], sampling: Sampling) -> bytes:
-        assert self._pool is not None  # noqa: S101 - ask() has checked it
-        headers = {
-            "Content-Type": "application/json",
-            "Accept": "text/event-stream, application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": "dsr1kit",
-        }
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        payload = json.dumps(self.body(messages, sampling), ensure_ascii=False).encode("utf-8", "replace")
-        return self._pool.request("POST", "/chat/completions", headers, payload)
-
-    async def _exchange(self, call: _Call, request: bytes) -> Reply:
-        assert self._pool is not None  # noqa: S101 - ask() has checked it
+    async def _exchange(self, call: _Call, messages: Sequence[Message], sampling: Sampling) -> Reply:
         loop = asyncio.get_running_loop()
         dispatched = loop.time()
-        for fresh in (False, True):
-            try:
-                connection, connect_s = await self._pool.acquire(fresh=fresh)
-            except (OSError, UnicodeError) as error:  # UnicodeError: a label that no host name can have
-                return call.reply(Outcome.UNREACHABLE, outcomes.detail(Outcome.UNREACHABLE, self._why(error)))
-            call.start(connection, connect_s, dispatched)
-            connection.send(request, call, self._pool.release)
-            reply = await call.done
-            if reply is not None:
-                return reply
-        raise AssertionError("a fresh connection cannot be stale")
+        payload = encode(self.body(messages, sampling))
+        why = ""
+        for pool in tuple(self._pools):
+            path, headers = self.wire.request(pool.base_url, payload)
+            request = pool.request("POST", path, {**headers, **PLAIN_HEADERS}, payload)
+            for fresh in (False, True):
+                try:
+                    connection, connect_s = await pool.acquire(fresh=fresh)
+                except (OSError, UnicodeError) as error:  # UnicodeError: a label that no host name can have
+                    why = "; ".join(filter(None, (why, why_unreachable(pool, error))))
+                    if len(self._pools) > 1:  # the next nearest; this one is tried again when all others fail
+                        self._pools.sort(key=lambda other: other is pool)
+                    break
+                call.start(pool, connection, connect_s, dispatched)
+                connection.send(request, call, pool.release)
+                reply = await call.done
+                if reply is not None:
+                    return reply
+        return call.reply(Outcome.UNREACHABLE, outcomes.detail(Outcome.UNREACHABLE, why))
 
-    def _why(self, error: Exception) -> str:
-        where = self.channel.base_urls[0]
-        if isinstance(error, socket.gaierror | UnicodeError):
-            why = error.strerror if isinstance(error, OSError) else error
-            return f"the name in {where} cannot be resolved ({why})"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return f"the certificate of {where} is not trusted ({error.verify_message})"
-        if isinstance(error, ConnectionRefusedError):
-            return f"nothing listens at {where} (connection refused)"
-        return f"{where}: {error or type(error).__name__}"
+    async def fetch(self, path: str, *, timeout_s: float = 10.0) -> Fetched:
+        """GET `path` below the (nearest) base URL with the channel's key, the way its questions go.
+
+        Raises:
+            OSError: no connection, no HTTP, or not whole within `timeout_s` seconds.
+        """
+        return await fetch(self._pools[0], path, bearer(self._key), timeout_s=timeout_s)
+
+    def quota(self, headers: Mapping[str, str]) -> Quota:
+        """What response headers, and failing those the requests in flight, tell about the channel's quota."""
+        return read_quota(headers, in_flight=self._limits.in_flight, most_answered=self._answered_at_once)
+
+    @property
+    def proxy(self) -> str:
+        """The proxy in use as host:port, or an empty string."""
+        return self._pools[0].proxy if self._pools else ""
 
     def hide_key(self, text: str) -> str:
         """`text` without this channel's key; cheaper than `keys.redact` on the measured path."""
@@ -213,7 +211,8 @@ class _Call(Exchange):
         self._on_delta = on_delta
         self.prompt = ""
         self.done: asyncio.Future[Reply | None] = self._loop.create_future()
-        self._reader = self._new_reader()
+        self._reader = client.wire.reader(self._loop.time, None if on_delta is None else self._show)
+        self._base_url = ""
         self._status: int | None = None
         self._headers: dict[str, str] = {}
         self._error_body = bytearray()
@@ -224,14 +223,9 @@ class _Call(Exchange):
         self._timer: asyncio.TimerHandle | None = None
         self._ending = self._flowing = False
 
-    def _new_reader(self) -> CompletionReader:
-        show = None if self._on_delta is None else self._show
-        channel = self._client.channel
-        thinks = channel.family in ("r1", "r1-distill")
-        return CompletionReader(channel.reasoning, self._loop.time, show, thinks=thinks)
-
-    def start(self, connection: Connection, connect_s: float, dispatched: float) -> None:
+    def start(self, pool: Pool, connection: Connection, connect_s: float, dispatched: float) -> None:
         """The connection is there and the request is about to be written."""
+        self._base_url = pool.base_url
         self.done = self._loop.create_future()
         self._connection = connection
         self._reused = connection.uses > 0
@@ -275,7 +269,8 @@ class _Call(Exchange):
         if self._status == 200:
             self._finish(at)
         else:
-            self._end(*outcomes.from_status(self._status or 0, bytes(self._error_body)), at)
+            refusal = self._client.wire.refusal(self._status or 0, self._headers, bytes(self._error_body))
+            self._end(*refusal, at)
 
     def on_lost(self, at: float, error: Exception | None) -> None:
         if self.done.done():
@@ -370,6 +365,11 @@ class _Call(Exchange):
         """The Reply as things stand."""
         channel = self._client.channel
         usage = self._reader.usage(self.prompt)
+        quota = self._client.quota(self._headers)
+        if outcome in BUSY and (warning := channel.retirement_warning()):
+            detail = f"{detail}. {warning}"
+        if outcome is Outcome.THROTTLED:
+            detail = f"{detail} ({quota})"
         timing = self._timing(usage, self._loop.time() if at is None else at)
         return Reply(
             outcome=outcome,
@@ -387,7 +387,12 @@ class _Call(Exchange):
             headers={name: self._client.hide_key(value) for name, value in self._headers.items()},
             attempts=(Attempt(channel.name, outcome, timing.total_s),),
             emulated=channel.emulated or EMULATED_HEADER in self._headers,
-            extra={"keep_alives": self._reader.keep_alives, "chunks": self._reader.chunks},
+            extra={
+                "keep_alives": self._reader.keep_alives,
+                "chunks": self._reader.chunks,
+                "quota": quota,
+                "base_url": self._base_url,
+            },
         )
 
     def _timing(self, usage: Usage, ended: float) -> Timing:

@@ -53,6 +53,7 @@ class Limits:
         self._turns = asyncio.Lock()
         self._flight = asyncio.Semaphore(max_in_flight) if max_in_flight else None
         self._ready = False
+        self.in_flight = 0
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -72,7 +73,11 @@ class Limits:
                         self._requests.take(1.0)
                     if self._tokens is not None:
                         await self._tokens.wait_for(1.0)
-            yield
+            self.in_flight += 1
+            try:
+                yield
+            finally:
+                self.in_flight -= 1
 
     def spent(self, usage: Usage) -> None:
         """Count a reply's tokens against the limit."""

@@ -45,17 +45,18 @@ class Pool:
 
     Args:
         base_url: `http://` or `https://` URL whose host and port are connected to.
-        proxy: `http://host:port`, or empty: then the environment's proxy variables count, except for
-            loopback hosts and those that NO_PROXY names.
+        proxy: `http://host:port`, `https://host:port` (TLS to the proxy itself), or empty: then the
+            environment's proxy variables count, except for loopback hosts and those that NO_PROXY names.
         connect_s: limit for DNS, TCP, proxy and TLS together, in seconds.
     """
 
     def __init__(self, base_url: str, *, proxy: str = "", connect_s: float = 10.0) -> None:
         self._loop = asyncio.get_running_loop()
+        self.base_url = base_url
         self._url = urlsplit(base_url)
         self._host = self._url.hostname or ""
         self._tls = self._url.scheme == "https"
-        self._port = self._url.port or (443 if self._tls else 80)
+        self._port = _port_of(self._url)
         self._proxy = _proxy_for(self._url, proxy)
         self._connect_s = connect_s
         self._context = ssl.create_default_context() if self._tls else None
@@ -68,7 +69,7 @@ class Pool:
     @property
     def proxy(self) -> str:
         """The proxy in use as host:port, or an empty string."""
-        return f"{self._proxy.hostname}:{self._proxy.port or 80}" if self._proxy else ""
+        return f"{self._proxy.hostname}:{_port_of(self._proxy)}" if self._proxy else ""
 
     def request(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
         """The bytes of one request; `path` is appended to the base URL's own path."""
@@ -131,9 +132,10 @@ class Pool:
                 server_hostname=self._host if self._tls else None,
             )  # fmt: skip
             return connection
+        secured = ssl.create_default_context() if self._proxy.scheme == "https" else None
         try:
             _, connection = await self._loop.create_connection(
-                self._new, self._proxy.hostname or "", self._proxy.port or 80
+                self._new, self._proxy.hostname or "", _port_of(self._proxy), ssl=secured
             )
         except OSError as error:
             raise ProxyError(f"the proxy {self.proxy} cannot be reached: {error}") from None
@@ -167,6 +169,10 @@ class Pool:
             raise ProxyError(f"the proxy {self.proxy} answered CONNECT {target} with status {status}")
         connection.detach()
         await connection.start_tls(self._context, self._host)
+
+
+def _port_of(url: SplitResult) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
 
 
 def _is_loopback(host: str) -> bool:
