@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import json
 import sys
 import tempfile
@@ -41,6 +42,7 @@ class EmulatedChannel:
         self.weather: Weather = load_weather(weather)
         self.name = name or f"emulated:{weather}"
         self._clocks = clocks
+        self._began = dt.datetime.now(dt.UTC)
         self._process: asyncio.subprocess.Process | None = None
         self._client: ChannelClient | None = None
         self._log: IO[bytes] | None = None
@@ -53,8 +55,11 @@ class EmulatedChannel:
             base_urls=(url,),
             model=self.weather.served_model,
             family="other",
+            protocol=self.weather.protocol,
             reasoning="inline" if self.weather.reasoning == "prefilled" else "auto",
             price=self.weather.price,
+            balance_path="" if self.weather.balance is None else "/user/balance",
+            retires=self.weather.retirement(self._began),
             region="local",
             emulated=True,
         )
