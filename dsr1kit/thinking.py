@@ -42,6 +42,7 @@ class ThinkSplitter:
         self._inline = mode in ("auto", "inline")
         self._state: Literal["start", "think", "prefilled", "open_answer", "answer"] = "start"
         self._held: list[tuple[str, float]] = []
+        self._bare = ""  # what is held at the start, without the white space before it
         self._tag_seen = False
         self._skip_white = False
 
@@ -101,13 +102,7 @@ class ThinkSplitter:
         return None
 
     def _joined(self, kind: Kind) -> str:
-        text = "".join(p.text for p in self._pieces if p.kind == kind)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            # JSON can hold halves of a character, also in two pieces: join them, replace lone ones.
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return text
+        return mended("".join(p.text for p in self._pieces if p.kind == kind))
 
     def _emit(self, kind: Kind, text: str, at: float) -> Piece:
         piece = Piece(kind, text, at)
@@ -119,16 +114,15 @@ class ThinkSplitter:
 
     def _take(self, count: int) -> list[tuple[str, float]]:
         """Remove the first `count` held characters, each fragment with its own time."""
-        taken: list[tuple[str, float]] = []
-        while count > 0:
+        whole = 0
+        while whole < len(self._held) and len(self._held[whole][0]) <= count:
+            count -= len(self._held[whole][0])
+            whole += 1
+        taken, self._held = self._held[:whole], self._held[whole:]
+        if count:
             text, at = self._held[0]
-            if len(text) <= count:
-                taken.append(self._held.pop(0))
-                count -= len(text)
-            else:
-                taken.append((text[:count], at))
-                self._held[0] = (text[count:], at)
-                count = 0
+            taken.append((text[:count], at))
+            self._held[0] = (text[count:], at)
         return taken
 
     def _kind(self) -> Kind:
@@ -142,10 +136,10 @@ class ThinkSplitter:
     def _advance(self) -> list[Piece]:
         out: list[Piece] = []
         if self._state == "start":
-            text = "".join(t for t, _ in self._held)
-            bare = text.lstrip()
+            # Only the newest text: models that write line breaks without end would make this quadratic.
+            bare = self._bare = (self._bare + self._held[-1][0]).lstrip()
             if bare.startswith(OPEN):
-                self._take(len(text) - len(bare) + len(OPEN))
+                self._take(sum(len(t) for t, _ in self._held) - len(bare) + len(OPEN))
                 self._state, self._tag_seen = "think", True
             elif OPEN.startswith(bare):
                 return out  # may still become the tag
@@ -171,6 +165,16 @@ class ThinkSplitter:
             self._skip_white = not self._held
         out += self._flush()
         return out
+
+
+def mended(text: str) -> str:
+    """Text that can be written: JSON can hold halves of a character; pairs are joined, lone ones replaced."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _partial_tag(text: str) -> int:

@@ -20,7 +20,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-APART = {"colab"}  # extras outside `all`: what Colab lacks is in the others already
+APART = {"colab", "fuzz"}  # outside `all`: what Colab lacks is in the others already; fuzzing is Linux alone
 
 
 def pins() -> dict[str, Version]:

@@ -20,7 +20,7 @@ _WORDS: tuple[tuple[Outcome, re.Pattern[str]], ...] = tuple(
             Outcome.RETIRED,
             # A parameter can be deprecated or no longer supported too.
             (
-                r"\bretired\b|decommission|\bsunset|end[- ]of[- ]life|已下线|停止服务|"
+                r"\bretired\b|decommission|\bsunset|end[- ]of[- ](its )?life|provider as legacy|已下线|停止服务|"
                 r"^(?!.*\b(parameter|field|argument|option|header)\b)"
                 r".*(\bdeprecated\b|no longer (available|supported|served))"
             ),
@@ -84,13 +84,13 @@ def from_error_event(error: Any) -> tuple[Outcome, str]:
     words = _message(error)
     code = error.get("code") if isinstance(error, dict) else None
     fact = f'error in the response "{words}"' if words else "error in the response"
-    if isinstance(code, str) and code.isdigit():
+    if isinstance(code, str) and len(code) <= 9 and code.isascii() and code.isdigit():
         code = int(code)
     if isinstance(code, int) and 400 <= code <= 599:
         outcome = _of_status(code, words)
     else:
         kind = error.get("type") if isinstance(error, dict) else None
-        text = f"{words} {code or ''} {kind or ''}"
+        text = " ".join((words, *(_short(part) for part in (code, kind) if isinstance(part, str))))
         outcome = _by_words(text, _WORDS) or _by_words(text, _ERROR_WORDS) or Outcome.OVERLOADED
     return outcome, detail(outcome, fact)
 
@@ -137,9 +137,14 @@ def _message(value: Any) -> str:
             (value[k] for k in ("error", "message", "msg", "detail", "error_msg", "code", "type") if value.get(k)),
             "",
         )
-    return _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    if isinstance(value, str):
+        return _short(value)
+    try:
+        return _short(json.dumps(value, ensure_ascii=False, default=str))
+    except RecursionError:  # nesting that can be read but not written
+        return ""
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text[:2000].split())
     return text if len(text) <= 200 else text[:199] + "…"

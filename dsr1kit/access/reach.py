@@ -72,6 +72,8 @@ def why_unreachable(pool: Pool, error: Exception) -> str:
         return f"the name in {where} cannot be resolved ({why})"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate of {where} is not trusted ({error.verify_message})"
+    if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return f"{where}: no TLS is spoken on that port; is http:// meant?"
     if isinstance(error, ConnectionRefusedError):
         return f"nothing listens at {where} (connection refused)"
     return f"{where}: {error or type(error).__name__}"

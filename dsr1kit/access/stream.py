@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from dsr1kit.access import outcomes
 from dsr1kit.records import Outcome, ReasoningMode, Usage
-from dsr1kit.thinking import Piece, ThinkSplitter
+from dsr1kit.thinking import Kind, Piece, ThinkSplitter, mended
 
 _MOST_BYTES = 64 * 1024 * 1024  # of a body that is not a stream, or of one line of a stream
 _LINES_A_LOOK = 16  # lines parsed between two looks at the clock
+_MOST_TOKENS = 2**53  # no reply is longer; from here on floats stop counting, and far above they overflow
 
 
 class CompletionReader:
@@ -44,7 +45,8 @@ class CompletionReader:
         self._pending: deque[tuple[float, bytes]] = deque()
         self._read: deque[bytes] = deque()
         self._read_at = 0.0
-        self._tail = b""
+        self._tail = bytearray()
+        self._half: tuple[Kind, str] | None = None
         self._body = bytearray()
         self._whole_at = 0.0
         self._in_event = self._in_comment = False
@@ -99,12 +101,17 @@ class CompletionReader:
         self._whole_at = at
 
     def _split(self, data: bytes, at: float) -> None:
-        *lines, self._tail = (self._tail + data).split(b"\n")
-        self._read.extend(lines)
+        first, line_end, rest = data.partition(b"\n")
+        self._tail += first  # in place: a long line in many reads would be copied with each of them
+        if line_end:
+            *lines, tail = rest.split(b"\n")
+            self._read.append(bytes(self._tail))
+            self._read.extend(lines)
+            self._tail = bytearray(tail)
         self._read_at = at
         if len(self._tail) > _MOST_BYTES:
             self._set_fault(Outcome.NOT_AN_ANSWER, "a line of over 64 MiB")
-            self._tail = b""
+            self._tail = bytearray()
 
     def _lines(self, until: float) -> bool:
         """Parse lines until the clock shows `until`; True when some are left."""
@@ -151,7 +158,7 @@ class CompletionReader:
                 if not last:
                     return  # may go on in the next data line
                 if self._event == "error":
-                    self._set_fault(*outcomes.from_error_event(text), told=True)
+                    self._set_error(text)
                 else:
                     self._set_fault(Outcome.NOT_AN_ANSWER, f'the stream holds broken JSON "{text[:80]}"')
             else:
@@ -163,12 +170,13 @@ class CompletionReader:
             self._set_fault(Outcome.NOT_AN_ANSWER, f"the stream holds {type(event).__name__} instead of an object")
             return
         if event.get("error") or self._event == "error" or event.get("object") == "error":
-            self._set_fault(*outcomes.from_error_event(event.get("error") or event), told=True)
+            self._set_error(event.get("error") or event)
             return
         if isinstance(event.get("usage"), dict):
             self._usage = event["usage"]
-        if isinstance(event.get("model"), str) and event["model"]:
-            self.model_served = event["model"]
+        model = event.get("model")
+        if isinstance(model, str) and model and model != self.model_served:
+            self.model_served = mended(model)
         choices = event.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if isinstance(choice, dict) and choice.get("index"):
@@ -180,9 +188,9 @@ class CompletionReader:
             self._text(message, at)
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
-            self.finish_reason = reason
+            self.finish_reason = mended(reason)
         if isinstance(choice.get("error"), dict):
-            self._set_fault(*outcomes.from_error_event(choice["error"]), told=True)
+            self._set_error(choice["error"])
 
     def _text(self, message: dict[str, Any], at: float) -> None:
         reasoning = ""
@@ -195,9 +203,40 @@ class CompletionReader:
             return
         self.chunks += 1
         self.last_text_at = at
-        pieces = self.splitter.add_reasoning(reasoning, at) + self.splitter.add_content(content, at)
+        pieces = self._add("reasoning", reasoning, at) if reasoning else []
+        if content:
+            pieces += self._add("answer", content, at)
         if pieces and self._on_pieces is not None:
             self._on_pieces(pieces)
+
+    def _add(self, field: Kind, text: str, at: float) -> list[Piece]:
+        """Text of a field to the splitter, in whole characters.
+
+        JSON can hold halves of a character, and providers that count in UTF-16 cut between them: a first half
+        waits for the field's next text. Whoever is shown the pieces live could not write halves.
+        """
+        add = self.splitter.add_reasoning if field == "reasoning" else self.splitter.add_content
+        if self._half is None and text.isascii():
+            return add(text, at)
+        pieces = []
+        if self._half is not None:
+            waiting, half = self._half
+            self._half = None
+            if waiting == field:
+                text = half + text
+            else:
+                pieces = self._add(waiting, "\ufffd", at)
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._half = field, text[-1]
+            text = text[:-1]
+        return pieces + add(mended(text), at)
+
+    def _set_error(self, error: Any) -> None:
+        try:
+            outcome, words = outcomes.from_error_event(error)
+        except (ValueError, RecursionError):  # digits that make no number, nesting that can be read but not told
+            outcome, words = _told(Outcome.OVERLOADED, "error in the response")
+        self._set_fault(outcome, words, told=True)
 
     def _set_fault(self, outcome: Outcome, fact: str, *, told: bool = False) -> None:
         if self._fault is None:
@@ -215,18 +254,25 @@ class CompletionReader:
         elif self._form == "stream":
             self._finish_stream(broken)
         stopped = self.finish_reason in ("length", "max_tokens") or not self.complete
-        pieces = self.splitter.finish(truncated=stopped)
+        pieces = []
+        if self._half is not None:
+            field, self._half = self._half[0], None
+            pieces = self._add(field, "\ufffd", self.last_text_at or 0.0)
+        pieces += self.splitter.finish(truncated=stopped)
         if pieces and self._on_pieces is not None:
             self._on_pieces(pieces)
-        return self._verdict(broken)
+        outcome, words = self._verdict(broken)
+        return outcome, mended(words)
 
     def _finish_stream(self, broken: str) -> None:
-        """The last line, when no line end came after it."""
+        """The last line, when no line end came after it; all lines, where they end in CR alone."""
         at = self._read_at
-        for part in self._tail.removesuffix(b"\r").split(b"\r"):
-            if part.startswith(b"data:") or (part and not broken):
-                self._line(part, at)
-        self._tail = b""
+        *lines, last = bytes(self._tail).split(b"\r")
+        for line in lines:
+            self._line(line, at)
+        if last.startswith(b"data:") or (last and not broken):
+            self._line(last, at)
+        self._tail = bytearray()
         if self._data and not broken:
             text = "\n".join(self._data).strip()
             if not text.startswith("{") or self._event == "error":
@@ -242,7 +288,7 @@ class CompletionReader:
             return
         told = isinstance(whole, dict) and ("choices" in whole or "error" in whole or whole.get("object") == "error")
         if not told:
-            keys = ", ".join(list(whole)[:5]) if isinstance(whole, dict) else type(whole).__name__
+            keys = ", ".join(key[:40] for key in list(whole)[:5]) if isinstance(whole, dict) else type(whole).__name__
             self._set_fault(Outcome.NOT_AN_ANSWER, f"the body is JSON without choices ({keys})")
             return
         self.done = True
@@ -328,7 +374,7 @@ def _told(outcome: Outcome, fact: str) -> tuple[Outcome, str]:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS else None
 
 
 def _flat(value: Any) -> str:
@@ -336,5 +382,7 @@ def _flat(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "".join(_flat(v.get("text")) for v in value if isinstance(v, dict))
+        # Text alone, not lists again: nesting that JSON can be read with is too deep to follow by calls.
+        texts = (part.get("text") for part in value if isinstance(part, dict))
+        return "".join(text for text in texts if isinstance(text, str))
     return ""

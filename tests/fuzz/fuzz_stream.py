@@ -191,7 +191,7 @@ def spoil(body: bytes, chance: random.Random) -> bytes | None:
 
 def _fuzz(folder: Path, seconds: int) -> None:
     """The child: libFuzzer ends its process, so the parent counts what the folder and the output hold."""
-    import atheris  # type: ignore[import-not-found,unused-ignore]
+    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     with atheris.instrument_imports(include=list(INSTRUMENTED)):
         import dsr1kit.access.outcomes
