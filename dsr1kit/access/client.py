@@ -187,9 +187,9 @@ class ChannelClient:
         return read_quota(headers, in_flight=self._limits.in_flight, most_answered=self._answered_at_once)
 
     @property
-    def proxy(self) -> str:
-        """The proxy in use as host:port, or an empty string."""
-        return self._pools[0].proxy if self._pools else ""
+    def pool(self) -> Pool:
+        """Connections to the (nearest) base URL; only while open."""
+        return self._pools[0]
 
     def hide_key(self, text: str) -> str:
         """`text` without this channel's key; cheaper than `keys.redact` on the measured path."""

@@ -183,6 +183,10 @@ class Connection(asyncio.BufferedProtocol):
         upgraded = await loop.start_tls(self._transport, self, context, server_hostname=host)
         self._transport = upgraded
 
+    def told(self, name: str) -> Any:
+        """What the transport knows: `peercert`, `ssl_object`, `peername` (see asyncio's get_extra_info)."""
+        return None if self._transport is None else self._transport.get_extra_info(name)
+
     # What the slicer calls.
     def consume(self, data: bytes | None, at: float, until: float) -> None:
         """Feed what was read (None: the end) to the HTTP parser and the exchange."""

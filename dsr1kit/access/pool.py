@@ -71,6 +71,18 @@ class Pool:
         """The proxy in use as host:port, or an empty string."""
         return f"{self._proxy.hostname}:{_port_of(self._proxy)}" if self._proxy else ""
 
+    @property
+    def tls(self) -> bool:
+        """Whether the origin is spoken to over TLS."""
+        return self._tls
+
+    @property
+    def door(self) -> tuple[str, int]:
+        """Host and port of the first TCP connection: the proxy's where there is one, else the origin's."""
+        if self._proxy is not None:
+            return self._proxy.hostname or "", _port_of(self._proxy)
+        return self._host, self._port
+
     def request(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
         """The bytes of one request; `path` is appended to the base URL's own path."""
         default_port = 443 if self._tls else 80

@@ -23,6 +23,23 @@ _START_S = 120.0
 _PREPARED_AT_A_TIME = 64
 
 
+def channel_of(weather: Weather, url: str, name: str, began: dt.datetime) -> Channel:
+    """The channel of an emulator of this weather that serves at `url` and began at `began`."""
+    return Channel(
+        name=name,
+        title=weather.title,
+        base_urls=(url,),
+        model=weather.served_model,
+        protocol=weather.protocol,
+        reasoning="inline" if weather.reasoning == "prefilled" else "auto",
+        price=weather.price,
+        balance_path="" if weather.balance is None else "/user/balance",
+        retires=weather.retirement(began),
+        region="local",
+        emulated=True,
+    )
+
+
 class EmulatedChannel:
     """A Backend that brings its own provider: starts it on entering, stops it on leaving.
 
@@ -46,23 +63,7 @@ class EmulatedChannel:
         self._process: asyncio.subprocess.Process | None = None
         self._client: ChannelClient | None = None
         self._log: IO[bytes] | None = None
-        self.channel = self._channel("http://127.0.0.1:0/v1")
-
-    def _channel(self, url: str) -> Channel:
-        return Channel(
-            name=self.name,
-            title=self.weather.title,
-            base_urls=(url,),
-            model=self.weather.served_model,
-            family="other",
-            protocol=self.weather.protocol,
-            reasoning="inline" if self.weather.reasoning == "prefilled" else "auto",
-            price=self.weather.price,
-            balance_path="" if self.weather.balance is None else "/user/balance",
-            retires=self.weather.retirement(self._began),
-            region="local",
-            emulated=True,
-        )
+        self.channel = channel_of(self.weather, "http://127.0.0.1:0/v1", self.name, self._began)
 
     async def __aenter__(self) -> Self:
         self.channel.open(**self._clocks)  # type: ignore[arg-type]  # a dict of limits has one type; raises early
@@ -79,7 +80,7 @@ class EmulatedChannel:
         try:
             async with asyncio.timeout(_START_S):
                 line = await self._process.stdout.readline()
-            self.channel = self._channel(json.loads(line)["url"])
+            self.channel = channel_of(self.weather, json.loads(line)["url"], self.name, self._began)
             self._client = self.channel.open(**self._clocks)  # type: ignore[arg-type]  # as above
             await self._client.__aenter__()
         except (TimeoutError, ValueError, KeyError):

@@ -180,7 +180,7 @@ class Emulator:
         if limit is not None:
             while self._recent and self._recent[0] <= now - 60:
                 self._recent.popleft()
-            if len(self._recent) >= limit * self.weather.quota_left(self._began, self._now()):
+            if len(self._recent) >= int(limit * self.weather.quota_left(self._began, self._now())):
                 return max(0.1, self._recent[0] + 60 - now) if self._recent else 60.0
             self._recent.append(now)
         return None
@@ -203,7 +203,7 @@ class Emulator:
         forms = dialects.REFUSALS[outcome]
         status, said = forms.get(self.weather.form(outcome)) or next(iter(forms.values()))
         if outcome in ("throttled", "overloaded") and wait_s is None:
-            wait_s = 1.0
+            wait_s = self.weather.retry_after_s
         quota = self._quota(wait_s)
         if self.weather.protocol == "chat-completions":
             return _error(status, words or said, quota)

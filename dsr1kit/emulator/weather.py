@@ -90,6 +90,7 @@ class Weather:
         requests_per_minute, max_in_flight: beyond them the answer is 429 with Retry-After.
         max_output: tokens after which every answer is stopped by length.
         refuse_above: `max_tokens` above which a request is refused.
+        retry_after_s: the wait that is told with a 429 or 503 that no limit of ours explains.
         balance: what is left on the account, told at `/user/balance`; at 0 every question is refused.
         retires_at, retires_in_s, shrinks_s: when the model is retired, by the clock or after the emulator's
             start, and how long before that its requests a minute begin to shrink to nothing.
@@ -126,6 +127,7 @@ class Weather:
     max_output: int | None = None
     refuse_above: int | None = None
     balance: float | None = None
+    retry_after_s: float = 1.0
     retires_at: dt.datetime | None = None
     retires_in_s: float | None = None
     shrinks_s: float = 30 * 86400.0
@@ -269,6 +271,7 @@ def _limits(t: Table) -> dict[str, Any]:
         "max_output": t.whole("max_output", low=1),
         "refuse_above": t.whole("refuse_above", low=1),
         "balance": t.number("balance"),
+        "retry_after_s": t.number("retry_after_s", 1.0),
     }
 
 
