@@ -17,11 +17,16 @@ import aiohttp
 import pytest
 
 from dsr1kit.backends import open_backend, price_of
-from dsr1kit.emulator.channel import EmulatedChannel
+from dsr1kit.emulator.channel import EmulatedChannel, channel_of
 from dsr1kit.emulator.server import Emulator
 from dsr1kit.emulator.weather import FAULTS, load_weather
 from dsr1kit.errors import ConfigError, RunError, UnknownName, UsageError
 from dsr1kit.records import Outcome, Sampling
+
+
+def channel_at(path, url):
+    return channel_of(load_weather(path), url, f"emulated:{path}", dt.datetime.now(dt.UTC))
+
 
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
 SCRIPT = "<think>\\n12 + 30: tens 4, ones 2. 好。\\n</think>\\n\\nThe answer is 42 😀."
@@ -48,7 +53,7 @@ def serve(path, scenario, now=None):
     async def inside():
         emulator = Emulator(load_weather(path), now=now)
         async with emulator.listen() as url:
-            return await scenario(EmulatedChannel(path)._channel(url), emulator)
+            return await scenario(channel_at(path, url), emulator)
 
     return asyncio.run(inside())
 
@@ -128,7 +133,10 @@ def test_outcomes_do_not_depend_on_the_order_of_arrival(weather_file):
         outcomes = []
         for order in (range(12), reversed(range(12))):
             fresh = Emulator(emulator.weather)
-            async with fresh.listen() as url, EmulatedChannel(path)._channel(url).open() as r1:
+            async with (
+                fresh.listen() as url,
+                channel_at(path, url).open() as r1,
+            ):
 
                 async def one(i, r1=r1):
                     questions = [{"role": "user", "content": f"question {i % 6}"}]
@@ -356,7 +364,7 @@ def test_unopened_and_unknown_are_usage_errors(weather_file):
 def test_no_emulator_outlives_a_killed_parent(weather_file):
     code = (
         "import asyncio, sys\n"
-        "from dsr1kit.emulator.channel import EmulatedChannel\n"
+        "from dsr1kit.emulator.channel import EmulatedChannel, channel_of\n"
         "async def main():\n"
         "    async with EmulatedChannel(sys.argv[1]) as c:\n"
         "        print(c._process.pid, flush=True)\n"
