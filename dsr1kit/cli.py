@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -86,58 +86,28 @@ def _print_json(value: object) -> None:
 
 
 @app.command()
-def channels(channel_file: ChannelFile = None, as_json: AsJson = False) -> None:
-    """List the catalogue: status, price, key present, retirement."""
-    from rich.table import Table
-    from rich.text import Text
-
+def channels(
+    only_open: Annotated[bool, typer.Option("--open", help="Only those that could be used now.")] = False,
+    channel_file: ChannelFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the catalogue: status, key, price now, context, retirement."""
     from dsr1kit.access.channels import load_channels
+    from dsr1kit.access.overview import overview
+    from dsr1kit.cli_show import channel_table
 
-    rows = []
-    for c in load_channels(channel_file).values():
-        key = c.key_present()
-        retired = c.retired_on()
-        status = (
-            f"retired {retired}"
-            if retired
-            else f"needs {c.api_key_env}"
-            if key is False
-            else "key set"
-            if key
-            else "no key needed"
-        )
-        rows.append(
-            {
-                "name": c.name, "title": c.title, "status": status, "model": c.model, "family": c.family,
-                "region": c.region, "context": c.context, "max_output": c.max_output,
-                "price": None if c.price is None else {
-                    "input": c.price.input, "output": c.price.output, "currency": c.price.currency,
-                    "as_of": c.price.as_of,
-                },
-                "tariff": c.tariff or None, "api_key_env": c.api_key_env or None, "key_present": key,
-                "retires": c.retires, "source": c.source, "as_of": c.as_of,
-            }
-        )  # fmt: skip
+    rows = overview(load_channels(channel_file), only_open=only_open)
     if as_json:
         _print_json({"channels": rows})
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    cells = []
+    if only_open and not rows:
+        print("dsr1kit: no channel is open to you now: set a key (dsr1kit channels names the variables), "
+              "or run a server of your own", file=sys.stderr)  # fmt: skip
+        return
+    channel_table(rows)
     for row in rows:
-        price = row["price"]
-        cost = f"{price['input']:g}/{price['output']:g} {price['currency']}" if isinstance(price, dict) else "?"
-        cells.append((str(row["name"]), str(row["status"]), cost, str(row["retires"] or ""), str(row["model"])))
-    titles = ("channel", "status", "in/out per 1M", "retires", "model")
-    for title, column in zip(titles, zip(*cells, strict=True), strict=True):
-        # In a narrow window the model alone gives way: names, variables and prices are there to be copied.
-        least = None if title == "model" else max(map(len, (title, *column)))
-        table.add_column(title, no_wrap=True, overflow="ellipsis", min_width=least)
-    for line in cells:
-        table.add_row(*(Text(cell) for cell in line))
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out.width = 200
-    out.print(table)
+        if row["warning"]:
+            print(f"dsr1kit: {row['warning']}", file=sys.stderr)
 
 
 @app.command()
@@ -198,6 +168,88 @@ def ask(
 def _said(message: str) -> int:
     print(f"dsr1kit: {redact(message)}", file=sys.stderr)
     return 1
+
+
+@app.command()
+def doctor(
+    channel: Annotated[
+        list[str] | None, typer.Argument(help="Channels, or emulated:WEATHER; none: all that are open to you.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Is it R1 as its card says? Some 15 requests.")] = False,
+    ceiling_tokens: Annotated[int, typer.Option(help="With --probe: how long an answer to ask for at most.")] = 4096,
+    trace: Annotated[bool, typer.Option("--trace", help="Also the route, by mtr or traceroute; up to 30 s.")] = False,
+    every: Annotated[str | None, typer.Option(help="Watch: a small question every so often, such as 10m.")] = None,
+    for_: Annotated[str | None, typer.Option("--for", help="Watch: for how long, such as 24h.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Watch: the folder of records; the same command goes on.")] = None,
+    first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 30.0,
+    stall_s: Annotated[float, typer.Option(help="Longest silence between tokens, seconds.")] = 20.0,
+    channel_file: ChannelFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Why is it busy? Network, key, balance, model, quota, retirement, peak hour, one small question.
+
+    Exit 0 when every channel named (without names: at least one) is usable.
+    """
+    from dsr1kit import doctoring
+    from dsr1kit.access.channels import load_channels
+
+    names = list(dict.fromkeys(channel or []))
+    if (every, for_, out) != (None, None, None):
+        if every is None or for_ is None or out is None or not names or probe or trace:
+            raise UsageError("a watch takes channels, --every, --for and --out: "
+                             "dsr1kit doctor C --every 10m --for 24h --out DIR")  # fmt: skip
+        _watch(names, every, for_, out, first_token_s, stall_s, channel_file, as_json)
+        return
+    catalogue = load_channels(channel_file)
+    clocks = {"first_token_s": first_token_s, "stall_s": stall_s}
+    if probe:
+        if not names or trace:
+            raise UsageError("--probe takes the channels to examine, and no --trace: dsr1kit doctor C --probe")
+        results = _run(doctoring.probe_all(names, catalogue, ceiling_tokens, clocks, show=not as_json))
+        if as_json:
+            _print_json({"channels": [r.to_json() for r in results]})
+        if any(check.verdict == "fail" for r in results for check in r.checks):
+            raise SystemExit(1)
+        return
+    found = _run(doctoring.diagnose_all(names, catalogue, clocks, trace=trace, show=not as_json))
+    if as_json:
+        _print_json({"channels": [d.to_json() for d in found]})
+    if not (all if names else any)(d.usable for d in found):
+        raise SystemExit(1)
+
+
+def _watch(
+    names: Sequence[str], every: str, for_: str, out: Path, first_token_s: float, stall_s: float,
+    channel_file: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from dsr1kit.compare.watch import WatchSettings, watch
+    from dsr1kit.hours import duration_s
+
+    spans = []
+    for option, text in (("--every", every), ("--for", for_)):
+        seconds = duration_s(text if not text.replace(".", "", 1).isdigit() else f"{text}s")
+        if not seconds:
+            raise UsageError(f"{option} takes a duration such as 30s, 10m or 24h, not {text!r}")
+        spans.append(seconds)
+    settings = WatchSettings(
+        channels=tuple(names), every_s=spans[0], for_s=spans[1], first_token_s=first_token_s, stall_s=stall_s
+    )
+
+    def tell(number: int, count: int, replies: Mapping[str, Reply]) -> None:
+        said = ", ".join(f"{name} {reply.outcome.value}" for name, reply in replies.items())
+        _err.print(redact(f"{number}/{count}  {said}"), style="dim", markup=False)
+
+    try:
+        done = _run(watch(settings, out, channel_file=channel_file, on_tick=tell))
+    except KeyboardInterrupt:
+        _fail(f"stopped; the same command goes on with the watch in {out}", 130)
+    paths = {"records": str(done.records), "summary": str(done.summary_path), "report": str(done.report)}
+    if as_json:
+        _print_json({"paths": paths, **done.summary})
+    else:
+        _print_paths(paths, done.summary["verdict"])
+    if not any(c["availability"] and c["availability"]["value"] > 0 for c in done.summary["channels"].values()):
+        raise SystemExit(1)
 
 
 @app.command()

@@ -39,6 +39,12 @@ def find_key(name: str) -> str | None:
     return value or None
 
 
+def remember(value: str | None) -> None:
+    """Have a secret that came from elsewhere redacted from now on (AWS keys out of a credentials file)."""
+    if value:
+        _used.add(value)
+
+
 def require_key(name: str, channel: str) -> str:
     """Like find_key; raises MissingKey, naming the variable and the channel, where there is none.
 

@@ -132,11 +132,13 @@ class Channel:
 
     def key_present(self) -> bool | None:
         """Whether the key is at hand; None where none is needed."""
+        if not self.api_key_env:
+            return None
         if self.protocol == "bedrock-converse":
             from dsr1kit.access.converse import credentials_present
 
             return credentials_present(self.api_key_env)
-        return find_key(self.api_key_env) is not None if self.api_key_env else None
+        return find_key(self.api_key_env) is not None
 
     def closed_because(self, now: dt.datetime | None = None) -> str:
         """Why the channel cannot be used at `now`, as far as that is known here; empty: it can.
@@ -146,7 +148,7 @@ class Channel:
         if retired := self.retired_on(now):
             return f"retired {retired}"
         if self.fill_in:
-            return "to fill in"
+            return f"fill in {' and '.join(self.fill_in)}"
         if self.key_present() is False:
             return f"needs {self.api_key_env}"
         if self.emulated or not all(map(_loopback, self.base_urls)) or any(map(_listens, self.base_urls)):
@@ -225,7 +227,9 @@ def _tables(sections: Mapping[str, Table | None], kind: str) -> Iterator[tuple[s
 
 
 def _channel(name: str, t: Table, tariffs: Mapping[str, Tariff]) -> Channel:
-    missing = tuple(key for key in t.texts("fill_in") if not t.has(key))
+    _check_url_types(t)
+    given = {"base_url"} if t.has("base_urls") else set()
+    missing = tuple(key for key in t.texts("fill_in") if not t.has(key) and key not in given)
     if t.has("base_url") and t.has("base_urls"):
         raise t.error("base_urls", "give base_url or base_urls, not both")
     if t.has("base_urls"):
@@ -281,6 +285,15 @@ def _channel(name: str, t: Table, tariffs: Mapping[str, Tariff]) -> Channel:
     return channel
 
 
+def _check_url_types(table: Table) -> None:
+    # Before they are read: a complaint about their type would show the value, which may hold a login.
+    for key, kind, wanted in (("base_url", str, "a string"), ("proxy", str, "a string"), ("base_urls", list, "")):
+        value = table.raw(key)
+        texts = value if isinstance(value, list) else []
+        if table.has(key) and not (isinstance(value, kind) and all(isinstance(text, str) for text in texts)):
+            raise table.error(key, f"expected {wanted or 'a list of strings'}")
+
+
 def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, login_allowed: bool = False) -> str:
     try:
         parts = urlsplit(url)
@@ -288,7 +301,7 @@ def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, lo
     except ValueError:
         raise table.error(key, "is not a URL (host or port does not parse)") from None
     wanted = " or ".join(f"{s}://" for s in schemes)
-    # The URL itself is shown only once it is known to hold no credentials.
+    # The URL itself is never shown: a proxy's may hold a login, any URL's query a key.
     if (parts.username or parts.password) and not login_allowed:
         raise table.error(key, "holds credentials; put the key into a variable and name it in api_key_env")
     if parts.scheme not in schemes or not parts.hostname or not port_ok:
@@ -296,20 +309,21 @@ def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, lo
     if not url.isascii() or any(c.isspace() or not c.isprintable() for c in url):
         raise table.error(key, "must be plain ASCII without spaces (percent-encode; xn-- for other hosts)")
     if parts.fragment:
-        raise table.error(key, f"must not have a fragment (#...): {url!r}")
+        raise table.error(key, "must not have a fragment (#...)")
     return url.rstrip("/")
 
 
 def _loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def _listens(url: str) -> bool:
     """Whether something listens on this machine at the URL's port; known at once."""
     parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=0.2):
+        with socket.create_connection((parts.hostname or "", port), timeout=0.2):
             return True
     except OSError:
         return False

@@ -90,7 +90,7 @@ class ChannelClient:
 
     async def __aenter__(self) -> Self:
         channel = self.channel
-        if channel.protocol == "bedrock-converse":
+        if channel.protocol == "bedrock-converse" and channel.api_key_env:
             self._key = keys.find_key(channel.api_key_env)  # AWS keys do as well
         elif channel.api_key_env:
             self._key = keys.require_key(channel.api_key_env, self.name)

@@ -175,28 +175,32 @@ class _Examination:
         if self.on_step is not None:
             self.on_step(step)
 
-    def _fail(self, name: str, outcome: Outcome, fact: str, seconds: float = 0.0) -> _Cause:
+    def _fail(self, name: str, outcome: Outcome, fact: str, seconds: float = 0.0, *, todo: str = "") -> _Cause:
+        """The cause, with what to do: `todo`, or the usual advice for such an outcome."""
         self._add(name, "fail", fact, seconds)
-        return _Cause(outcome, outcomes.detail(outcome, fact))
+        return _Cause(outcome, f"{fact}: {todo}" if todo else outcomes.detail(outcome, fact))
 
     # What is known without asking.
     def _known(self) -> None:
         channel, now = self.channel, self.now()
         if retired := channel.retired_on(now):
-            note = f"; {channel.note}" if channel.note else ""
-            raise self._fail("retirement", Outcome.RETIRED, f"retired on {retired}{note}")
+            raise self._fail("retirement", Outcome.RETIRED, f"retired on {retired}")
         warning = channel.retirement_warning(now)
         until = f"announced for {channel.retires:%Y-%m-%d}" if channel.retires else "no date known"
         self._add("retirement", "warn" if warning else "pass", warning or until)
         if channel.fill_in:
             missing = {"base_url": Outcome.UNREACHABLE, "model": Outcome.UNKNOWN_MODEL}
             outcome = missing.get(channel.fill_in[0], Outcome.UNAUTHORIZED)
-            wanted = " and ".join(channel.fill_in)
-            fact = f"the catalogue cannot know your {wanted}: put it under [channel.{channel.name}] in your own file"
-            raise self._fail("entry", outcome, fact + (f" ({channel.note})" if channel.note else ""))
+            fact = f"the catalogue cannot know your {' and '.join(channel.fill_in)}"
+            todo = f"put it under [channel.{channel.name}] in your own file" + (
+                f" ({channel.note})" if channel.note else ""
+            )
+            raise self._fail("entry", outcome, fact, todo=todo)
         if channel.key_present() is False:
-            fact = f"the variable {channel.api_key_env} is not set: export {channel.api_key_env}=..."
-            raise self._fail("key", Outcome.UNAUTHORIZED, fact)
+            variable = channel.api_key_env
+            raise self._fail(
+                "key", Outcome.UNAUTHORIZED, f"the variable {variable} is not set", todo=f"export {variable}=..."
+            )
         self._add("key", "pass", f"{channel.api_key_env} is set" if channel.api_key_env else "none needed")
         if channel.peak is not None:
             self._tariff(now)
@@ -219,7 +223,8 @@ class _Examination:
         try:
             client = await self.channel.open(**self.clocks).__aenter__()
         except UsageError as error:  # a key that no header can carry, a missing extra
-            raise self._fail("key", Outcome.UNAUTHORIZED, str(error)) from None
+            self._add("key", "fail", str(error))
+            raise _Cause(Outcome.UNAUTHORIZED, str(error)) from None
         try:
             if client.reaches:
                 reachable = [r for r in client.reaches if not r.trouble]
@@ -235,7 +240,7 @@ class _Examination:
         pool, loop = client.pool, asyncio.get_running_loop()
         host, port = pool.door
         whose = f"the proxy {pool.proxy}" if pool.proxy else host
-        self._add("proxy", "pass", f"through {pool.proxy}" if pool.proxy else "none in use")
+        self._add("proxy", "pass" if pool.proxy else "skip", f"through {pool.proxy}" if pool.proxy else "none in use")
         began = loop.time()
         try:
             async with asyncio.timeout(self.clocks["connect_s"]):
@@ -256,10 +261,12 @@ class _Examination:
                 _, writer = await asyncio.open_connection(host, port)
                 writer.close()
         except (OSError, TimeoutError) as error:
-            limit = f"no answer within {self.clocks['connect_s']:g} s"
-            refused = "connection refused: nothing listens there"
-            why = refused if isinstance(error, ConnectionRefusedError) else getattr(error, "strerror", None) or limit
-            fact = f"no connection to {whose} on port {port} ({why})"
+            where = f"the proxy {pool.proxy}" if pool.proxy else f"{host}:{port}"
+            if isinstance(error, ConnectionRefusedError):
+                fact = f"nothing listens at {where} (connection refused)"
+            else:
+                why = getattr(error, "strerror", None) or f"no answer within {self.clocks['connect_s']:g} s"
+                fact = f"{where} cannot be connected to ({why})"
             raise self._fail("tcp", Outcome.UNREACHABLE, fact, loop.time() - began) from None
         self._add("tcp", "pass", f"{whose}, port {port}", loop.time() - began)
         if pool.tls:

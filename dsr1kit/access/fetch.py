@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dsr1kit.access.http import Exchange
+from dsr1kit.access.http import Exchange, NotHttp, StaleConnection
 from dsr1kit.access.pool import Pool
 
 PLAIN_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "dsr1kit"}
@@ -64,7 +64,13 @@ class _Whole(Exchange):
             self.done.set_result(None)
 
     def on_lost(self, at: float, error: Exception | None) -> None:
-        if not self.done.done():
+        if self.done.done():
+            return
+        if isinstance(error, StaleConnection):
+            self.done.set_exception(error)
+        elif isinstance(error, NotHttp):
+            self.done.set_exception(OSError(f"the answer is not HTTP ({error})"))
+        else:
             self.done.set_exception(OSError(f"the connection ended before the response did ({error or 'closed'})"))
 
 
@@ -93,10 +99,17 @@ async def fetch(
     connection = None
     try:
         async with asyncio.timeout(timeout_s):
-            connection, connect_s = await pool.acquire(fresh=fresh)
-            sent = loop.time()
-            connection.send(request, exchange, pool.release)
-            await exchange.done
+            try:
+                connection, connect_s = await pool.acquire(fresh=fresh)
+                sent = loop.time()
+                connection.send(request, exchange, pool.release)
+                await exchange.done
+            except StaleConnection:  # the server closed it while it was idle: once more, on a new one
+                exchange = _Whole(loop)
+                connection, connect_s = await pool.acquire(fresh=True)
+                sent = loop.time()
+                connection.send(request, exchange, pool.release)
+                await exchange.done
     except TimeoutError:
         raise OSError(f"no whole response to GET {path} within {timeout_s:g} s") from None
     finally:

@@ -146,5 +146,5 @@ def _message(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text[:2000].split())
+    text = redact(" ".join(text[:2000].split()))  # before it is cut: half a key is still one
     return text if len(text) <= 200 else text[:199] + "…"

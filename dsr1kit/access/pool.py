@@ -149,7 +149,7 @@ class Pool:
             _, connection = await self._loop.create_connection(
                 self._new, self._proxy.hostname or "", _port_of(self._proxy), ssl=secured
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label that no host name can have
             raise ProxyError(f"the proxy {self.proxy} cannot be reached: {error}") from None
         if self._tls:
             await self._tunnel(connection)

@@ -63,17 +63,31 @@ class Tariff:
         return not self.holiday_years or moment.astimezone(ZoneInfo(self.timezone)).year in self.holiday_years
 
     def changes(self, moment: dt.datetime) -> Iterator[dt.datetime]:
-        """Moments after `moment`, in order, at which the factor may change; three weeks of them (UTC)."""
+        """Moments after `moment`, in order, at which the factor may change; three weeks of them (UTC), and `since`."""
         zone = ZoneInfo(self.timezone)
         first = moment.astimezone(zone).date()
         edges = sorted({0.0, *(hour for span in self.hours for hour in span)})
+        found = set() if self.since is None else {self.since.astimezone(dt.UTC)}
         for day in range(_LOOK_AHEAD_DAYS):
             midnight = dt.datetime.combine(first + dt.timedelta(days=day), dt.time(), zone)
             for hour in edges:
-                # Wall-clock arithmetic within the zone, so that a change of clocks moves nothing.
-                at = (midnight + dt.timedelta(hours=hour)).astimezone(dt.UTC)
-                if at > moment:
-                    yield at
+                # Wall-clock arithmetic within the zone; an hour that clocks pass twice counts twice.
+                at = midnight + dt.timedelta(hours=hour)
+                found.update(at.replace(fold=fold).astimezone(dt.UTC) for fold in (0, 1))
+            found.update(_clocks_changed(midnight, midnight + dt.timedelta(days=1)))
+        yield from sorted(at for at in found if at > moment)
+
+
+def _clocks_changed(midnight: dt.datetime, following: dt.datetime) -> Iterator[dt.datetime]:
+    """The moment (UTC) of the day at which clocks are put forward or back, if there is one."""
+    zone, low, high = midnight.tzinfo, midnight.astimezone(dt.UTC), following.astimezone(dt.UTC)
+    if low.astimezone(zone).utcoffset() == high.astimezone(zone).utcoffset():
+        return
+    while high - low > dt.timedelta(seconds=1):
+        middle = low + dt.timedelta(seconds=(high - low) // dt.timedelta(seconds=2))
+        same = middle.astimezone(zone).utcoffset() == low.astimezone(zone).utcoffset()
+        low, high = (middle, high) if same else (low, middle)
+    yield high
 
 
 @dataclass(frozen=True, slots=True)

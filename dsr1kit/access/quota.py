@@ -14,11 +14,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dsr1kit.hours import duration_s
+
 #: Longest wait that a header is believed in, in seconds.
 CAP_S = 600.0
+#: Longest value that is read: patterns over a value of kilobytes would hold up every other request.
+_LONGEST = 200
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)")
-_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _PARTS = {"limit": "limit", "remaining": "remaining", "reset": "reset_s"}
 #: A header's name: x-ratelimit-remaining-tokens, x-ratelimit-remaining, modelscope-ratelimit-requests-remaining.
 _NAME = re.compile(
@@ -43,10 +45,12 @@ class Allowance:
     reset_s: float | None = None
 
     def __str__(self) -> str:
-        left = "" if self.remaining is None else f"{self.remaining:g} "
-        of = "" if self.limit is None else f"of {self.limit:g} "
-        reset = "" if self.reset_s is None else f", whole again in {self.reset_s:.3g} s"
-        return f"{left}{of}{self.scope} left{reset}" if left else f"a limit {of}{self.scope}{reset}"
+        left = "" if self.remaining is None else f"{self.remaining:.12g} "
+        of = "" if self.limit is None else f"of {self.limit:.12g} "
+        reset = "" if self.reset_s is None else f", whole again in {_told(self.reset_s)}"
+        if left:
+            return f"{left}{of}{self.scope} left{reset}"
+        return f"a limit {of}{self.scope}{reset}" if of else f"a limit on {self.scope}{reset}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Quota:
     def __str__(self) -> str:
         parts = [str(a) for a in self.allowances]
         if self.retry_after_s is not None:
-            parts.insert(0, f"asks to wait {self.retry_after_s:.3g} s")
+            parts.insert(0, f"asks to wait {_told(self.retry_after_s)}")
         if parts:
             return "; ".join(parts)
         flight = f"{self.in_flight} in flight"
@@ -103,6 +107,9 @@ def read_quota(
     Args:
         now: the moment that dates count from, where the response has no `Date` of its own (timezone-aware).
     """
+    headers = {name: value for name, value in headers.items() if len(value) <= _LONGEST}
+    # By the server's own clock where it tells it: this machine's may be wrong.
+    here = _date(headers.get("date", "")) or now or dt.datetime.now(dt.UTC)
     found: dict[str, dict[str, float]] = {}
     for name, value in headers.items():
         if "ratelimit-" not in name:
@@ -112,18 +119,22 @@ def read_quota(
             continue
         part = match["part"] or match["part2"]
         scope = (match["scope"] or match["scope2"] or "requests").replace("-", " ")
-        amount = _seconds(value, now) if part == "reset" else _amount(value)
+        amount = _seconds(value, here) if part == "reset" else _amount(value)
         if amount is not None:
             found.setdefault(scope, {})[_PARTS[part]] = amount
     return Quota(
-        _retry_after(headers, now),
+        _retry_after(headers, here),
         tuple(Allowance(scope, **parts) for scope, parts in found.items()),
         in_flight,
         most_answered,
     )
 
 
-def _retry_after(headers: Mapping[str, str], now: dt.datetime | None) -> float | None:
+def _told(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def _retry_after(headers: Mapping[str, str], here: dt.datetime) -> float | None:
     if (text := headers.get("retry-after-ms")) is not None and (ms := _amount(text)) is not None:
         return ms / 1e3
     text = headers.get("retry-after")
@@ -131,12 +142,7 @@ def _retry_after(headers: Mapping[str, str], now: dt.datetime | None) -> float |
         return None
     if (seconds := _amount(text)) is not None:
         return seconds
-    at = _date(text)
-    if at is None:
-        return _seconds(text, now)
-    # By the server's own clock where it tells it: this machine's may be wrong.
-    here = _date(headers.get("date", "")) or now or dt.datetime.now(dt.UTC)
-    return max(0.0, (at - here).total_seconds())
+    return _seconds(text, here)
 
 
 def _amount(text: str) -> float | None:
@@ -148,19 +154,15 @@ def _amount(text: str) -> float | None:
     return value if math.isfinite(value) and value >= 0 else None
 
 
-def _seconds(text: str, now: dt.datetime | None) -> float | None:
+def _seconds(text: str, here: dt.datetime) -> float | None:
     """Seconds until a reset: `90`, `1m30s`, `6ms`, an epoch in seconds or milliseconds, a date."""
-    here = now or dt.datetime.now(dt.UTC)
     value = _amount(text)
     if value is not None:
         if value > 1e9:  # no quota takes thirty years: this is a moment
             return max(0.0, (value / 1e3 if value > 1e11 else value) - here.timestamp())
         return value
-    bare = text.strip().lower().replace(" ", "")
-    parts = _DURATION.findall(bare)
-    if parts and "".join(a + b for a, b in parts) == bare:
-        total = sum(float(amount) * _UNITS[unit] for amount, unit in parts)
-        return total if math.isfinite(total) else None
+    if (spoken := duration_s(text)) is not None:
+        return spoken
     at = _date(text)
     return None if at is None else max(0.0, (at - here).total_seconds())
 

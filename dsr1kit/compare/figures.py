@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsr1kit.compare.summary import Record, name_of, timed
+from dsr1kit.hours import Spans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,4 +175,44 @@ def accuracy_by_kind(channels: Mapping[str, Any]) -> Figure:
     axes.grid(axis="x", alpha=0.25)
     if drawn:
         figure.legend(loc="outside lower center", ncols=min(drawn, 3), frameon=False, fontsize=9)
+    return figure
+
+
+def by_hour(
+    hours: Mapping[str, Sequence[Mapping[str, Any]]], channels: Mapping[str, Any], peak: Spans, timezone: str
+) -> Figure:
+    """Share answered (above) and median first-token time (below) by hour of day, peak hours shaded."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    offsets = np.linspace(-0.18, 0.18, max(2, len(hours))) if len(hours) > 1 else [0.0]
+    for number, (name, rows) in enumerate(hours.items()):
+        for axes, key, factor in ((above, "availability", 100.0), (below, "first_token_s", 1.0)):
+            points = [(row["hour"] + 0.5 + offsets[number % len(offsets)], row[key]) for row in rows if row[key]]
+            if not points:
+                continue
+            value = np.array([v["value"] * factor for _, v in points])
+            low = value - np.array([v["low"] * factor for _, v in points])
+            high = np.array([v["high"] * factor for _, v in points]) - value
+            axes.errorbar(
+                [x for x, _ in points], value, yerr=[low, high], fmt=_MARKERS[number % len(_MARKERS)],
+                color=COLOURS[number % len(COLOURS)], markersize=5, capsize=2, linewidth=1.2,
+                label=_label(name, channels[name]) if axes is above else None,
+            )  # fmt: skip
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+        axes.grid(alpha=0.25)
+        for low_hour, high_hour in peak:
+            axes.axvspan(low_hour, high_hour, color="#E69F00", alpha=0.15, linewidth=0)
+    above.set_ylim(-2, 104)
+    above.set_ylabel("answered (%)")
+    below.set_ylim(bottom=0)
+    below.set_ylabel("first token, median (s)")
+    below.set_xlim(0, 24)
+    below.set_xticks(range(0, 25, 2))
+    below.set_xlabel(f"hour of day, {timezone}")
+    if any(hours.values()):
+        figure.legend(loc="outside lower center", ncols=min(len(hours), 3), frameon=False, fontsize=9)
     return figure

@@ -15,7 +15,6 @@ from dsr1kit.compare.summary import Record, name_of
 from dsr1kit.keys import redact
 
 _EXAMPLES = 6
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> str:
@@ -24,10 +23,6 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
     Args:
         run: run.json; records: records.jsonl; summary: summary.json, all as data.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "seconds": _seconds, "money": _money, "points": _points}
     channels = summary["channels"]
     labels = {name: name_of(name, c) for name, c in channels.items()}
     drawn = {
@@ -36,7 +31,8 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
         "outcomes": figures.outcomes(channels),
         "kinds": figures.accuracy_by_kind(channels),
     }
-    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        "report.html.j2",
         run=run,
         identity=run["identity"],
         summary=summary,
@@ -48,7 +44,16 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
         emulated=[labels[n] for n, c in channels.items() if c["emulated"]],
         kinds=list(dict.fromkeys(k for c in channels.values() for k in c["accuracy_by_kind"])),
     )
-    return redact(text)
+
+
+def fill(template: str, **values: Any) -> str:
+    """One of this folder's templates as text, with keys redacted."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "seconds": _seconds, "money": _money, "points": _points}
+    return redact(environment.get_template(template).render(**values))
 
 
 def disagreements(records: Sequence[Record], labels: Mapping[str, str]) -> list[dict[str, Any]]:

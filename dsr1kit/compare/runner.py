@@ -141,7 +141,13 @@ async def run_comparison(
             locate(name.removeprefix(LOCAL).partition("@")[0])
     prices = {name: price_of(name, catalogue) for name in settings.channels}
     identity = _identity(settings, catalogue, backends)
-    surroundings = {"versions": about.versions(), "hardware": about.hardware()}
+    hosted_ones = [catalogue[name] for name in settings.channels if name in catalogue]
+    surroundings = {
+        "versions": about.versions(),
+        "hardware": about.hardware(),
+        "promises": {c.name: c.availability for c in hosted_ones if c.availability is not None},
+        "warnings": [w for c in hosted_ones if (w := c.retirement_warning())],
+    }
     with Journal(Path(out), identity, surroundings) as journal:
         if retry_failed:
             journal.forget_failed()
@@ -172,7 +178,7 @@ def finish(folder: Path) -> Finished:
     """Write summary.json and report.html from what the folder holds."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     records = read_records(folder / "records.jsonl")
-    summary = summarize(records, run["identity"]["channels"]) | {
+    summary = summarize(records, run["identity"]["channels"], run.get("promises")) | {
         "run": run["run"],
         "task": run["identity"]["task"],
         "items": run["identity"]["items"],
@@ -361,6 +367,7 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
         "currency": price.currency if price is not None else None,
         "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in attempts],
         "from_cache": reply.from_cache,
+        "base_url": reply.extra.get("base_url") or None,
         # The kit's emulator marks what it sends, so that a catalogue entry that points at one is told too.
         "emulated": reply.emulated,
     }

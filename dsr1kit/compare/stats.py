@@ -133,3 +133,20 @@ def median_interval(values: Sequence[float]) -> Interval | None:
     low = ordered[max(0, rank - 1)] if n > 5 else ordered[0]
     high = ordered[min(n - 1, n - rank)] if n > 5 else ordered[-1]
     return Interval(float(np.median(ordered)), float(low), float(high))
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval | None:
+    """Median of `a` over median of `b`, with the percentile interval of 2,000 seeded bootstrap samples.
+
+    None with fewer than six values on a side, where resampling says little.
+    """
+    if len(a) < 6 or len(b) < 6:
+        return None
+    rng = np.random.default_rng(seed)
+    tops, bottoms = (
+        np.median(rng.choice(np.asarray(values, dtype=float), (2000, len(values))), axis=1) for values in (a, b)
+    )
+    ratios = tops / np.maximum(bottoms, 1e-9)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    value = float(np.median(a) / max(1e-9, float(np.median(b))))
+    return Interval(value, min(value, float(low)), max(value, float(high)))

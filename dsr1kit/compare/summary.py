@@ -13,19 +13,26 @@ from itertools import combinations
 from typing import Any
 
 from dsr1kit.compare.stats import Interval, clustered_share, median_interval, paired_difference, percentiles
+from dsr1kit.identity import told
 
 Record = Mapping[str, Any]
-_ANSWERED = ("ok", "truncated")
+#: Outcomes that count as answered.
+ANSWERED = ("ok", "truncated")
 
 
-def summarize(records: Sequence[Record], channels: Sequence[str]) -> dict[str, Any]:
+def summarize(
+    records: Sequence[Record], channels: Sequence[str], promises: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The summary of a run: `channels`, `pairs` and `verdict`.
+
+    Args:
+        promises: share of requests that a channel's contract promises to answer, by channel.
 
     Accuracy counts replies that could be judged (whole ones, and truncated ones as they stand); requests
     that failed count in availability instead. Latency counts the same replies, never cached ones.
     """
     by_channel = {name: [r for r in records if r["channel"] == name] for name in channels}
-    summaries = {name: _channel(rs) for name, rs in by_channel.items()}
+    summaries = {name: _channel(rs, (promises or {}).get(name)) for name, rs in by_channel.items()}
     pairs = [_pair(a, b, by_channel) for a, b in combinations(channels, 2)]
     result = {"channels": summaries, "pairs": [p for p in pairs if p is not None]}
     return result | {"verdict": verdict(result)}
@@ -42,12 +49,12 @@ def judged(records: Iterable[Record], *, truncated: bool = True) -> dict[str, li
 
 def timed(records: Iterable[Record], name: str) -> list[float]:
     """The values of one timing field that may enter a latency figure."""
-    return [r[name] for r in records if r["outcome"] in _ANSWERED and not r["from_cache"] and r.get(name) is not None]
+    return [r[name] for r in records if r["outcome"] in ANSWERED and not r["from_cache"] and r.get(name) is not None]
 
 
-def _channel(records: Sequence[Record]) -> dict[str, Any]:
+def _channel(records: Sequence[Record], promised: float | None = None) -> dict[str, Any]:
     outcomes = Counter(r["outcome"] for r in records)
-    answered = [r for r in records if r["outcome"] in _ANSWERED]
+    answered = [r for r in records if r["outcome"] in ANSWERED]
     right = sum(r["verdict"] == "right" for r in records)
     costs = [r["cost"] for r in records if r["cost"] is not None]
     gaps = timed(records, "inter_token_s")
@@ -56,7 +63,7 @@ def _channel(records: Sequence[Record]) -> dict[str, Any]:
     reached = defaultdict(list)
     for r in records:
         if r["outcome"] != "over_budget":
-            reached[r["item"]].append(r["outcome"] in _ANSWERED)
+            reached[r["item"]].append(r["outcome"] in ANSWERED)
     cost_total = sum(costs) if costs else None
     return {
         "n": len(records),
@@ -66,6 +73,9 @@ def _channel(records: Sequence[Record]) -> dict[str, Any]:
         "n_scored": sum(len(v) for v in judged(records).values()),
         "n_right": right,
         "availability": _interval(clustered_share(reached)),
+        "promise": None if promised is None else promise(clustered_share(reached), promised),
+        "models_served": dict(Counter(r["model_served"] for r in answered if r.get("model_served"))),
+        "substitutions": sorted({told(r.get("model_requested") or "", r.get("model_served")) for r in answered} - {""}),
         "first_token_s": percentiles(timed(records, "first_token_s")),
         "first_answer_s": percentiles(timed(records, "first_answer_s")),
         "first_answer_median": _interval(median_interval(timed(records, "first_answer_s"))),
@@ -82,6 +92,14 @@ def _channel(records: Sequence[Record]) -> dict[str, Any]:
             if kind
         },
     }
+
+
+def promise(measured: Interval | None, promised: float) -> dict[str, Any]:
+    """What was promised against what was measured: kept, broken, or open while the interval holds both."""
+    held = "open"
+    if measured is not None:
+        held = "kept" if measured.low >= promised else "broken" if measured.high < promised else "open"
+    return {"promised": promised, "held": held}
 
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:
@@ -106,12 +124,14 @@ def _pair(a: str, b: str, by_channel: Mapping[str, Sequence[Record]]) -> dict[st
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Three lines for a person: quality, speed, and money with availability."""
+    """Three lines for a person: quality, speed, money with availability; and whether other models answered."""
     channels = summary["channels"]
+    others = [f"{name_of(name, c)} {said}" for name, c in channels.items() for said in c["substitutions"]]
     return [
         "Quality: " + _quality(channels, summary["pairs"]),
         "Speed: " + _speed(channels),
         "Cost and availability: " + _money(channels),
+        *(["Model: " + "; ".join(others) + "."] if others else []),
     ]
 
 
@@ -154,15 +174,15 @@ def _speed(channels: Mapping[str, Any]) -> str:
     if not medians:
         return "no answer arrived."
     order = sorted(medians, key=lambda n: medians[n])
-    told = [
+    medians_told = [
         f"{name_of(n, channels[n])} {medians[n]:.2f} s (p95 {channels[n]['first_answer_s']['p95']:.2f} s)"
         for n in order
     ]
-    return "first answer after (median) " + ", ".join(told) + "."
+    return "first answer after (median) " + ", ".join(medians_told) + "."
 
 
 def _money(channels: Mapping[str, Any]) -> str:
-    told = []
+    said = []
     for name, c in channels.items():
         if c["cost_per_right"] is None:
             cost = "price unknown" if c["currency"] is None else "nothing right"
@@ -171,8 +191,15 @@ def _money(channels: Mapping[str, Any]) -> str:
         else:
             cost = f"{c['currency']} {c['cost_per_right'] * 1000:.3g} per 1,000 right answers"
         share = c["availability"]["value"] if c["availability"] else 0.0
-        told.append(f"{name_of(name, c)} {cost}, {share:.1%} answered")
-    return "; ".join(told) + "."
+        said.append(f"{name_of(name, c)} {cost}, {share:.1%} answered" + _promise(c["promise"]))
+    return "; ".join(said) + "."
+
+
+def _promise(promise: Mapping[str, Any] | None) -> str:
+    if promise is None:
+        return ""
+    verdicts = {"kept": "kept", "broken": "broken", "open": "neither kept nor broken for certain"}
+    return f" ({promise['promised']:.4%} promised: {verdicts[promise['held']]})"
 
 
 def _round_up(n: int) -> str:

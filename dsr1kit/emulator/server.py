@@ -250,6 +250,7 @@ class _Stream:
             return _hang_up(request, response)
         at = self._arrived + draw.first_token_s
         await self._wait(response, at, alive=weather.keep_alive != "none")
+        at = max(at, time.monotonic())  # an answer that was late is paced from when it is there
         tokens = [("reasoning", t) for t in answer.reasoning] + [("answer", t) for t in answer.answer]
         broken = draw.fault in ("cut", "stalled") or (draw.fault is not None and self._form == "event")
         stop = self._stop(tokens) if broken else len(tokens)

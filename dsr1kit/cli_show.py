@@ -1,0 +1,98 @@
+"""What the command line prints of channels and their examinations. Knows nothing about options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from dsr1kit.keys import redact
+
+if TYPE_CHECKING:
+    from dsr1kit.access.doctor import Diagnosis, Step
+    from dsr1kit.access.probe import Check, Conformance
+
+_SIGNS = {"pass": ("ok", "green"), "warn": ("look", "yellow"), "fail": ("FAIL", "bold red"), "skip": ("-", "dim"),
+          "unknown": ("?", "yellow")}  # fmt: skip
+
+
+def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The catalogue on stdout: one line a channel."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    titles = ("channel", "status", "key", "in/out per 1M now", "context", "retires", "region", "model")
+    cells = [
+        (
+            row["name"],
+            row["status"],
+            {None: "none needed", True: "set", False: "missing"}[row["key_present"]],
+            _price(row),
+            "" if row["context"] is None else f"{row['context']:,}",
+            f"{row['retires']:%Y-%m-%d}" if row["retires"] else "",
+            row["region"],
+            row["model"],
+        )
+        for row in rows
+    ]
+    for number, title in enumerate(titles):
+        # In a narrow window the model alone gives way: names, variables and prices are there to be copied.
+        least = None if title == "model" else max([len(title), *(len(line[number]) for line in cells)])
+        justify: Any = "right" if title == "context" else "left"
+        table.add_column(title, no_wrap=True, overflow="ellipsis", min_width=least, justify=justify)
+    for line in cells:
+        table.add_row(*(Text(cell) for cell in line))
+    _out(200).print(table)
+
+
+def _price(row: Mapping[str, Any]) -> str:
+    price = row["price"]
+    if price is None:
+        return "?"
+    if price["input"] == price["output"] == 0:
+        return "no fee"
+    return f"{price['input']:g}/{price['output']:g} {price['currency']}" + (" (peak)" if row["peak_price"] else "")
+
+
+def step_line(step: Step) -> None:
+    """One finding, as it is made."""
+    _line(step.state, step.name, step.said, f"{step.seconds * 1e3:7.0f} ms" if step.seconds else " " * 10)
+
+
+def check_line(check: Check) -> None:
+    """One check, as it is settled."""
+    _line(check.verdict, check.name, check.evidence)
+
+
+def _line(state: str, name: str, said: str, seconds: str = "") -> None:
+    sign, style = _SIGNS[state]
+    text = Text.assemble(
+        (f"{sign:<5}", style), f"{name:<15}", (f"{seconds:<12}" if seconds else "", "dim"), redact(said)
+    )
+    _out().print(text, soft_wrap=True)
+
+
+def verdict_line(diagnosis: Diagnosis) -> None:
+    """The examination's last line: usable or not, the outcome, what to do."""
+    mark = " (emulated)" if diagnosis.emulated else ""
+    cost = "" if not diagnosis.cost else f" (the question cost {diagnosis.cost:.2g} {diagnosis.currency})"
+    word = "usable" if diagnosis.usable else f"not usable: {diagnosis.outcome.value}"
+    style = "bold green" if diagnosis.usable else "bold red"
+    said = Text.assemble(f"{diagnosis.channel}{mark}: ", (word, style), f". {diagnosis.detail}{cost}")
+    _out().print(said, soft_wrap=True)
+
+
+def conformance_line(result: Conformance) -> None:
+    """What the probe's checks cost."""
+    cost = "price unknown" if result.cost is None else f"{result.cost:.4g} {result.currency}"
+    mark = " (emulated)" if result.emulated else ""
+    _out().print(Text(f"{result.channel}{mark}: {result.requests} requests, {cost}"), soft_wrap=True)
+
+
+def _out(width: int | None = None) -> Console:
+    out = Console(highlight=False)
+    if width is not None and not out.is_terminal:
+        out.width = width
+    return out
