@@ -222,6 +222,7 @@ def _watch(
     names: Sequence[str], every: str, for_: str, out: Path, first_token_s: float, stall_s: float,
     channel_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
+    from dsr1kit.access.channels import load_channels
     from dsr1kit.compare.watch import WatchSettings, watch
     from dsr1kit.hours import duration_s
 
@@ -240,7 +241,7 @@ def _watch(
         _err.print(redact(f"{number}/{count}  {said}"), style="dim", markup=False)
 
     try:
-        done = _run(watch(settings, out, channel_file=channel_file, on_tick=tell))
+        done = _run(watch(settings, out, channels=load_channels(channel_file), on_tick=tell))
     except KeyboardInterrupt:
         _fail(f"stopped; the same command goes on with the watch in {out}", 130)
     paths = {"records": str(done.records), "summary": str(done.summary_path), "report": str(done.report)}

@@ -107,13 +107,17 @@ def read_quota(
     Args:
         now: the moment that dates count from, where the response has no `Date` of its own (timezone-aware).
     """
-    headers = {name: value for name, value in headers.items() if len(value) <= _LONGEST}
+    said = {
+        name: value
+        for name, value in headers.items()
+        if ("ratelimit-" in name or name.startswith("retry-after")) and len(value) <= _LONGEST
+    }
+    if not said:
+        return Quota(None, (), in_flight, most_answered)
     # By the server's own clock where it tells it: this machine's may be wrong.
-    here = _date(headers.get("date", "")) or now or dt.datetime.now(dt.UTC)
+    here = _date(headers.get("date", "")[:_LONGEST]) or now or dt.datetime.now(dt.UTC)
     found: dict[str, dict[str, float]] = {}
-    for name, value in headers.items():
-        if "ratelimit-" not in name:
-            continue
+    for name, value in said.items():
         match = _NAME.fullmatch(name)
         if match is None:
             continue
@@ -123,7 +127,7 @@ def read_quota(
         if amount is not None:
             found.setdefault(scope, {})[_PARTS[part]] = amount
     return Quota(
-        _retry_after(headers, here),
+        _retry_after(said, here),
         tuple(Allowance(scope, **parts) for scope, parts in found.items()),
         in_flight,
         most_answered,

@@ -199,7 +199,7 @@ def _promise(promise: Mapping[str, Any] | None) -> str:
     if promise is None:
         return ""
     verdicts = {"kept": "kept", "broken": "broken", "open": "neither kept nor broken for certain"}
-    return f" ({promise['promised']:.4%} promised: {verdicts[promise['held']]})"
+    return f" ({100 * promise['promised']:.6g}% promised: {verdicts[promise['held']]})"
 
 
 def _round_up(n: int) -> str:

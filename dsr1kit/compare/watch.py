@@ -50,7 +50,7 @@ class WatchSettings:
     Attributes:
         channels: catalogue names and `emulated:FILE`.
         every_s: seconds from one question to the next.
-        for_s: how long, from the first start of the folder's watch.
+        for_s: how long, from the first question in the folder.
         peak_hours, timezone: the hours whose latency is set against that of the others.
         first_token_s, stall_s: limits of each question, in seconds.
     """
@@ -100,7 +100,7 @@ async def watch(
     settings: WatchSettings,
     out: str | Path,
     *,
-    channel_file: str | Path | None = None,
+    channels: Mapping[str, Channel] | None = None,
     on_tick: OnTick | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], Any] = asyncio.sleep,
@@ -108,15 +108,15 @@ async def watch(
     """Watch, or go on watching, in the folder `out`, until its time is over.
 
     Args:
-        channel_file: the person's own catalogue; None: the one DSR1KIT_CHANNELS names.
+        channels: the catalogue; None: the shipped one and the person's own.
         on_tick: told of each moment that was asked at.
-        clock, sleep: seconds since the epoch, and how to wait for them.
+        clock, sleep: seconds since the epoch, and how to wait for them; a rehearsal runs a day in a minute.
 
     Raises:
         UsageError: unknown names, missing keys, a folder of another run; before anything is asked.
         RunError: the folder can no longer be written.
     """
-    catalogue = load_channels(channel_file)
+    catalogue = load_channels() if channels is None else channels
     for name in settings.channels:
         if not name.startswith(EMULATED):
             _openable(catalogue[name])
@@ -126,25 +126,27 @@ async def watch(
     surroundings = {"versions": about.versions(), "hardware": about.hardware(), **_contracts(settings, catalogue)}
     folder = Path(out)
     with Journal(folder, identity, surroundings) as journal:
-        began = dt.datetime.fromisoformat(_run(folder)["starts"][0]).timestamp()
         done = {sample for channel, _, sample in journal.done() if channel == settings.channels[-1]}
-        drawn_at = -_DRAW_EVERY_S
+        drawn_at = time.monotonic()
         async with AsyncExitStack() as stack:
             emulated = await _start_emulators(settings, stack)
+            began = _began(journal.read(), settings.every_s, clock())
             for tick in range(settings.ticks):
                 due = began + tick * settings.every_s
                 if tick in done or clock() >= due + settings.every_s:
                     continue  # asked before, or missed while nobody watched
                 await sleep(max(0.0, due - clock()))
+                asked_at = clock()
                 asked = [name for name in settings.channels if (name, _ITEM.id, tick) not in journal.done()]
                 replies = await asyncio.gather(*(_ask(name, settings, catalogue, emulated) for name in asked))
                 for name, reply in zip(asked, replies, strict=True):
-                    journal.append(to_record(reply, name, _ITEM, tick, prices[name]))
+                    moment = dt.datetime.fromtimestamp(asked_at, dt.UTC).isoformat()
+                    journal.append(to_record(reply, name, _ITEM, tick, prices[name]) | {"due_at": moment})
                 if on_tick is not None:
                     on_tick(tick + 1, settings.ticks, dict(zip(asked, replies, strict=True)))
-                if clock() - drawn_at >= _DRAW_EVERY_S and tick + 1 < settings.ticks:
-                    finish_watch(folder)
-                    drawn_at = clock()
+                if time.monotonic() - drawn_at >= _DRAW_EVERY_S and tick + 1 < settings.ticks:
+                    finish_watch(folder)  # there to be looked at while the watch goes on
+                    drawn_at = time.monotonic()
     return finish_watch(folder)
 
 
@@ -181,6 +183,14 @@ async def _ask(
     clocks = {"first_token_s": settings.first_token_s, "stall_s": settings.stall_s}
     async with catalogue[name].open(**clocks) as client:
         return await client.ask(QUESTION, sampling)
+
+
+def _began(records: Sequence[Record], every_s: float, now: float) -> float:
+    """When the first moment was, in seconds since the epoch: by the first record, or now."""
+    if not records:
+        return now
+    asked = dt.datetime.fromisoformat(records[0]["due_at"]).timestamp()
+    return asked - int(records[0]["sample"]) * every_s
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -244,7 +254,9 @@ def finish_watch(folder: str | Path) -> Watched:
     names, zone = identity["channels"], identity["timezone"]
     spans = tuple((low, high) for low, high in identity["peak_hours"])
     mine = {name: [r for r in records if r["channel"] == name] for name in names}
-    summary: dict[str, Any] = summarize(records, names, run.get("promises")) | {
+    # Each moment stands for itself; as draws of one question they would count as one.
+    alone = [{**r, "item": f"{r['item']}-{r['sample']}"} for r in records]
+    summary: dict[str, Any] = summarize(alone, names, run.get("promises")) | {
         "run": run["run"],
         "every_s": identity["every_s"],
         "timezone": zone,
@@ -270,7 +282,7 @@ def _verdict(name: str, summary: Mapping[str, Any], spans: Spans) -> str:
     share = c["availability"]
     told = f"{label}: answered {share['value']:.1%} of {c['n']} ({share['low']:.1%} to {share['high']:.1%})"
     if c["promise"]:
-        told += f", {c['promise']['promised']:.4%} promised ({c['promise']['held']})"
+        told += f", {100 * c['promise']['promised']:.6g}% promised ({c['promise']['held']})"
     first = c["first_token_s"]
     told += f"; first token after {first['p50']:.2f} s (median)" if first else ""
     when = ", ".join(f"{low:g}-{high:g}" for low, high in spans)
