@@ -255,7 +255,9 @@ def _watch(
 
 @app.command()
 def emulate(
-    weather: Annotated[str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, scripted.")],
+    weather: Annotated[
+        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, peak, scripted, impostor.")
+    ],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 0,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from dsr1kit.access.overview import price_text
 from dsr1kit.keys import redact
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
             row["name"],
             row["status"],
             {None: "none needed", True: "set", False: "missing"}[row["key_present"]],
-            _price(row),
+            price_text(row),
             "" if row["context"] is None else f"{row['context']:,}",
             f"{row['retires']:%Y-%m-%d}" if row["retires"] else "",
             row["region"],
@@ -45,15 +46,6 @@ def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for line in cells:
         table.add_row(*(Text(cell) for cell in line))
     _out(200).print(table)
-
-
-def _price(row: Mapping[str, Any]) -> str:
-    price = row["price"]
-    if price is None:
-        return "?"
-    if price["input"] == price["output"] == 0:
-        return "no fee"
-    return f"{price['input']:g}/{price['output']:g} {price['currency']}" + (" (peak)" if row["peak_price"] else "")
 
 
 def step_line(step: Step) -> None:

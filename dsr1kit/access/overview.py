@@ -58,5 +58,15 @@ def overview(
     return rows
 
 
+def price_text(row: Mapping[str, Any]) -> str:
+    """A row's price as text: input and output per million tokens; `?` where it is not known."""
+    price = row["price"]
+    if price is None:
+        return "?"
+    if price["input"] == price["output"] == 0:
+        return "no fee"
+    return f"{price['input']:g}/{price['output']:g} {price['currency']}" + (" (peak)" if row["peak_price"] else "")
+
+
 def _amounts(price: Price) -> dict[str, Any]:
     return {"input": price.input, "output": price.output, "currency": price.currency, "as_of": price.as_of}

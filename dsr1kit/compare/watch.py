@@ -118,9 +118,9 @@ async def watch(
     """
     catalogue = load_channels() if channels is None else channels
     for name in settings.channels:
-        if not name.startswith(EMULATED):
+        if name in catalogue or not name.startswith(EMULATED):
             _openable(catalogue[name])
-    prices = {name: price_of(name, catalogue) for name in settings.channels}
+    prices = {n: catalogue[n].price if n in catalogue else price_of(n, catalogue) for n in settings.channels}
     identity = {"watch": True, **asdict(settings), "channels": list(settings.channels)}
     del identity["for_s"]  # a longer watch goes on with a shorter one
     surroundings = {"versions": about.versions(), "hardware": about.hardware(), **_contracts(settings, catalogue)}
@@ -129,7 +129,7 @@ async def watch(
         done = {sample for channel, _, sample in journal.done() if channel == settings.channels[-1]}
         drawn_at = time.monotonic()
         async with AsyncExitStack() as stack:
-            emulated = await _start_emulators(settings, stack)
+            emulated = await _start_emulators(settings, catalogue, stack)
             began = _began(journal.read(), settings.every_s, clock())
             for tick in range(settings.ticks):
                 due = began + tick * settings.every_s
@@ -164,12 +164,14 @@ def _contracts(settings: WatchSettings, catalogue: Mapping[str, Channel]) -> dic
     }
 
 
-async def _start_emulators(settings: WatchSettings, stack: AsyncExitStack) -> dict[str, Backend]:
+async def _start_emulators(
+    settings: WatchSettings, catalogue: Mapping[str, Channel], stack: AsyncExitStack
+) -> dict[str, Backend]:
     clocks: dict[str, Any] = {"first_token_s": settings.first_token_s, "stall_s": settings.stall_s}
     return {
         name: await stack.enter_async_context(open_backend(name, {}, **clocks))
         for name in settings.channels
-        if name.startswith(EMULATED)
+        if name.startswith(EMULATED) and name not in catalogue
     }
 
 
