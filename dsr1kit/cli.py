@@ -20,6 +20,7 @@ from dsr1kit.errors import Dsr1kitError, UsageError
 from dsr1kit.keys import redact, redact_texts
 
 if TYPE_CHECKING:
+    from dsr1kit.access.channels import Channel
     from dsr1kit.records import Reply
 
 app = typer.Typer(
@@ -129,6 +130,7 @@ def ask(
     """Ask one question; shows the thinking dimmed, then the answer, then the timing (on stderr)."""
     from dsr1kit.access.channels import load_channels
     from dsr1kit.backends import open_backend
+    from dsr1kit.identity import told
     from dsr1kit.live import LiveAnswer, reply_json, timing_line
     from dsr1kit.records import Sampling
 
@@ -138,9 +140,11 @@ def ask(
         raise UsageError("give --channel or --local, not both")
     name = channel or f"local:{local or 'tiny-r1'}"
     sampling = Sampling(temperature, top_p, max_tokens, seed, max_thinking_tokens)
+    catalogue = load_channels(channel_file)
+    _warn_of_retirement([name], catalogue)
     backend = open_backend(
         name,
-        load_channels(channel_file),
+        catalogue,
         first_token_s=first_token_s,
         stall_s=stall_s,
         quantization=quantization,
@@ -159,10 +163,18 @@ def ask(
     else:
         shown.end()
         _err.print(redact(timing_line(reply)), style="dim", markup=False, emoji=False)
+    if other := told(reply.model_requested, reply.model_served):
+        print(f"dsr1kit: {redact(other)}", file=sys.stderr)
     if reply.outcome not in ("ok", "truncated"):
         raise SystemExit(_said(f"{reply.outcome.value}: {reply.detail}"))
     if reply.outcome == "truncated" and not as_json:
         print(f"dsr1kit: {redact(reply.detail)}", file=sys.stderr)
+
+
+def _warn_of_retirement(names: Sequence[str], catalogue: Mapping[str, Channel]) -> None:
+    for name in names:
+        if name in catalogue and (warning := catalogue[name].retirement_warning()):
+            print(f"dsr1kit: {warning}", file=sys.stderr)
 
 
 def _said(message: str) -> int:
@@ -311,6 +323,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Ask several channels the same questions and report quality, latency and cost."""
+    from dsr1kit.access.channels import load_channels
     from dsr1kit.compare.journal import SOUND
     from dsr1kit.compare.runner import RunSettings, run_comparison
     from dsr1kit.progress import terminal_progress
@@ -322,6 +335,7 @@ def compare(
         sampling=Sampling(temperature, top_p, max_tokens), max_cost=max_cost, first_token_s=first_token_s,
         stall_s=stall_s, deadline_s=deadline_s,
     )  # fmt: skip
+    _warn_of_retirement(settings.channels, load_channels(channel_file))
     try:
         with terminal_progress(quiet=quiet) as tell:
             done = _run(

@@ -25,7 +25,9 @@ def match_models(requested: str, served: str | None) -> Match | None:
     if a == b:
         return "same"
     short, long = sorted((a, b), key=len)
-    return "variant" if short and long[: len(short)] == short else "other"
+    rest = long[len(short) :]
+    # A distill is another model that was taught by the one whose name it carries on.
+    return "variant" if short and long[: len(short)] == short and "distill" not in rest else "other"
 
 
 def told(requested: str, served: str | None) -> str:

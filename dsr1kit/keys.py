@@ -92,6 +92,11 @@ def secret_values() -> list[str]:
     return sorted((v for v in values | _used if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
+def looks_secret(text: str) -> bool:
+    """Whether some of `text` has the shape of a key, whoever's it is."""
+    return _SECRET_SHAPES.search(text) is not None
+
+
 def redact(text: str) -> str:
     """`text` with every known key, and everything that looks like one, replaced by `[redacted]`."""
     return _without(text, secret_values())

@@ -205,3 +205,21 @@ def test_key_present_says_whether_a_key_is_needed_and_there(load, monkeypatch):
     monkeypatch.setenv("SOME_CHANNELS_KEY", "sk-0123456789abcdef0123")
     assert mine.key_present() is True
     assert load(MINE)["mine"].key_present() is None
+
+
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_shown(load):
+    for key in ("sk-0123456789abcdefABCDEF", "hf_abcdefghijKLMNOP0123", "my key", "clé"):
+        with pytest.raises(ConfigError, match="never the key itself") as caught:
+            load(MINE + f'api_key_env = "{key}"\n')
+        assert key not in str(caught.value)
+
+
+def test_an_own_tariff_goes_over_the_shipped_one_field_by_field(load):
+    mine = load("[tariff.deepseek-peak]\nfactor = 3\n")["deepseek"]
+    shipped = load_channels()["deepseek"].peak
+    assert (mine.peak.factor, mine.peak.hours, mine.peak.holidays) == (3.0, shipped.hours, shipped.holidays)
+
+
+def test_a_tariff_without_a_factor_is_refused(load):
+    with pytest.raises(ConfigError, match=r"tariff.t\] factor: is missing"):
+        load("[tariff.t]\nhours = [[1, 2]]\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from dsr1kit.access.prices import Price, Tariff, read_holidays, read_price, read_tariff
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ConfigError, UnknownName
-from dsr1kit.keys import find_key
+from dsr1kit.keys import find_key, looks_secret
 from dsr1kit.paths import data_dir
 from dsr1kit.records import ReasoningMode
 
@@ -197,16 +197,22 @@ def load_channels(path: str | Path | None = None) -> Catalogue:
     files = [_sections(data_dir() / "channels.toml")]
     if own := path or os.environ.get(ENVIRONMENT, "").strip():
         files.append(_sections(Path(own).expanduser()))
-    holidays = {name: read_holidays(t) for sections in files for name, t in _tables(sections, "holidays")}
-    tariffs = {name: read_tariff(t, name, holidays) for sections in files for name, t in _tables(sections, "tariff")}
+    calendars = _merged(files, "holidays")
+    holidays = {name: read_holidays(t) for name, t in calendars.items()}
+    tariffs = {name: read_tariff(t, name, holidays) for name, t in _merged(files, "tariff").items()}
+    return Catalogue({name: _channel(name, t, tariffs) for name, t in _merged(files, "channel").items()})
+
+
+def _merged(files: Sequence[Mapping[str, Table | None]], kind: str) -> dict[str, Table]:
+    """The tables of a kind by name; fields of a later file go over those of an earlier one."""
     entries: dict[str, Table] = {}
     for sections in files:
-        for name, table in _tables(sections, "channel"):
+        for name, table in _tables(sections, kind):
             base = entries[name].raw_all() if name in entries else {}
             if table.has("base_url") or table.has("base_urls"):
                 base = {k: v for k, v in base.items() if k not in ("base_url", "base_urls")}
             entries[name] = Table(table.path, table.where, base | table.raw_all())
-    return Catalogue({name: _channel(name, table, tariffs) for name, table in entries.items()})
+    return entries
 
 
 def _sections(path: Path) -> dict[str, Table | None]:
@@ -255,7 +261,7 @@ def _channel(name: str, t: Table, tariffs: Mapping[str, Tariff]) -> Channel:
         model=t.text("model", required="model" not in missing),
         fill_in=missing,
         title=t.text("title", name),
-        api_key_env=t.text("api_key_env"),
+        api_key_env=_variable(t, "api_key_env"),
         family=cast("Family", t.text("family", "other", choices=("r1", "r1-distill", "successor", "other"))),
         protocol=cast("Any", t.text("protocol", "chat-completions", choices=("chat-completions", "bedrock-converse"))),
         reasoning=cast(
@@ -292,6 +298,14 @@ def _check_url_types(table: Table) -> None:
         texts = value if isinstance(value, list) else []
         if table.has(key) and not (isinstance(value, kind) and all(isinstance(text, str) for text in texts)):
             raise table.error(key, f"expected {wanted or 'a list of strings'}")
+
+
+def _variable(t: Table, key: str) -> str:
+    """The name of an environment variable; what else stands there may be the key itself, and is not shown."""
+    name = t.text(key)
+    if name and (not name.isascii() or not name.isidentifier() or looks_secret(name)):
+        raise t.error(key, "expected the name of a variable that holds the key, such as MY_KEY, never the key itself")
+    return name
 
 
 def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, login_allowed: bool = False) -> str:

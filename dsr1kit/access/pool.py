@@ -180,7 +180,15 @@ class Pool:
             connection.abort()
             raise ProxyError(f"the proxy {self.proxy} answered CONNECT {target} with status {status}")
         connection.detach()
-        await connection.start_tls(self._context, self._host)
+        broken = f"the proxy {self.proxy} broke off the connection to {target}"
+        try:
+            await connection.start_tls(self._context, self._host)
+        except TypeError as error:  # Python 3.11 stumbles over a failed handshake of TLS within TLS
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else ProxyError(broken) from None
+        if connection.told("ssl_object") is None:  # closed in the handshake, which asyncio does not always raise
+            connection.abort()
+            raise ProxyError(broken)
 
 
 def _port_of(url: SplitResult) -> int:

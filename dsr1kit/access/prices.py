@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 from zoneinfo import ZoneInfo
 
 from dsr1kit.config import Table
@@ -162,11 +161,14 @@ def read_tariff(t: Table, name: str, holidays: Mapping[str, frozenset[dt.date]])
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=dt.UTC)
     days = holidays.get(calendar, frozenset())
+    factor = t.number("factor")
+    if factor is None:
+        raise t.error("factor", "is missing; what the price is multiplied by in these hours")
     tariff = Tariff(
         name=name,
         timezone=read_zone(t),
         hours=read_hours(t),
-        factor=cast("float", t.number("factor", 1.0)),
+        factor=factor,
         weekdays_only=t.text("days", "all", choices=("all", "weekdays")) == "weekdays",
         holidays=days,
         holiday_years=frozenset(day.year for day in days),
