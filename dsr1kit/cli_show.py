@@ -48,6 +48,11 @@ def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
     _out(200).print(table)
 
 
+def name_line(name: str) -> None:
+    """Whose findings follow."""
+    _out().print(Text(name), soft_wrap=True)
+
+
 def step_line(step: Step) -> None:
     """One finding, as it is made."""
     _line(step.state, step.name, step.said, f"{step.seconds * 1e3:7.0f} ms" if step.seconds else " " * 10)
@@ -73,18 +78,24 @@ def verdict_line(diagnosis: Diagnosis) -> None:
     word = "usable" if diagnosis.usable else f"not usable: {diagnosis.outcome.value}"
     style = "bold green" if diagnosis.usable else "bold red"
     said = Text.assemble(f"{diagnosis.channel}{mark}: ", (word, style), f". {diagnosis.detail}{cost}")
-    _out().print(said, soft_wrap=True)
+    _out().print(said, soft_wrap=True, end="\n\n")
 
 
 def conformance_line(result: Conformance) -> None:
     """What the probe's checks cost."""
     cost = "price unknown" if result.cost is None else f"{result.cost:.4g} {result.currency}"
     mark = " (emulated)" if result.emulated else ""
-    _out().print(Text(f"{result.channel}{mark}: {result.requests} requests, {cost}"), soft_wrap=True)
+    _out().print(Text(f"{result.channel}{mark}: {result.requests} requests, {cost}"), soft_wrap=True, end="\n\n")
+
+
+class _Out(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader that leaves early (head, less) is no bad answer; rich would exit with 1."""
+        raise BrokenPipeError("the reader has left")
 
 
 def _out(width: int | None = None) -> Console:
-    out = Console(highlight=False)
+    out = _Out(highlight=False)
     if width is not None and not out.is_terminal:
         out.width = width
     return out

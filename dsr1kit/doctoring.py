@@ -9,7 +9,9 @@ from dsr1kit.access.channels import Channel
 from dsr1kit.access.doctor import Diagnosis, diagnose
 from dsr1kit.access.probe import Conformance
 from dsr1kit.backends import EMULATED, is_local, open_backend
+from dsr1kit.emulator.weather import load_weather
 from dsr1kit.errors import UsageError
+from dsr1kit.keys import require_key
 
 
 async def diagnose_all(
@@ -23,9 +25,9 @@ async def diagnose_all(
     """Examine channels one after the other; without names, all that are open to this person.
 
     Raises:
-        UnknownName: no such channel; UsageError: a local model, or nothing to examine.
+        UnknownName: no such channel; UsageError: a local model, a limit that cannot be meant, nothing to examine.
     """
-    from dsr1kit.cli_show import step_line, verdict_line
+    from dsr1kit.cli_show import name_line, step_line, verdict_line
 
     chosen = list(names) or [c.name for c in catalogue.values() if not c.closed_because()]
     if not chosen:
@@ -34,15 +36,14 @@ async def diagnose_all(
             "own, or name a channel: dsr1kit doctor openrouter"
         )
     found = []
-    _known(chosen, catalogue)
+    _known(chosen, catalogue, clocks)
     for name in chosen:
         if show:
-            print(name)
+            name_line(name)
         async with _Served(name, catalogue) as channel:
             one = await diagnose(channel, trace=trace, on_step=step_line if show else None, **clocks)
         if show:
             verdict_line(one)
-            print()
         found.append(one)
     return found
 
@@ -58,33 +59,48 @@ async def probe_all(
     """Probe channels one after the other.
 
     Raises:
-        UsageError: as `diagnose_all`; a channel that cannot be opened.
+        UsageError: as `diagnose_all`; a channel that cannot be opened. Before the first is asked.
     """
     from dsr1kit.access.probe import probe
-    from dsr1kit.cli_show import check_line, conformance_line
+    from dsr1kit.cli_show import check_line, conformance_line, name_line
 
     results = []
-    _known(names, catalogue)
+    _known(names, catalogue, clocks)
+    if ceiling_tokens < 1:
+        raise UsageError(f"--ceiling-tokens must be at least 1, not {ceiling_tokens}")
+    for name in names:
+        if not name.startswith(EMULATED):
+            _openable(catalogue[name])
     for name in names:
         if show:
-            print(name)
+            name_line(name)
         async with _Served(name, catalogue) as channel:
             tell = check_line if show else None
             one = await probe(channel, ceiling_tokens=ceiling_tokens, on_check=tell, **clocks)
         if show:
             conformance_line(one)
-            print()
         results.append(one)
     return results
 
 
-def _known(names: Sequence[str], catalogue: Mapping[str, Channel]) -> None:
-    """Raise for a name that means nothing before the first channel is asked."""
+def _known(names: Sequence[str], catalogue: Mapping[str, Channel], clocks: Mapping[str, float]) -> None:
+    """Raise for names and limits that mean nothing before the first channel is asked."""
+    for limit, value in clocks.items():
+        if not value > 0:
+            raise UsageError(f"{limit} must be above 0 seconds, not {value:g}")
     for name in names:
         if is_local(name):
             raise UsageError(f"{name} runs in this process; the doctor examines channels: dsr1kit ask --local tries it")
-        if not name.startswith(EMULATED):
+        if name.startswith(EMULATED):
+            load_weather(name.removeprefix(EMULATED))
+        else:
             _ = catalogue[name]
+
+
+def _openable(channel: Channel) -> None:
+    channel.open()  # raises where something is still to fill in
+    if channel.protocol == "chat-completions" and channel.api_key_env:
+        require_key(channel.api_key_env, channel.name)
 
 
 class _Served:

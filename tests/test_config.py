@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import pytest
 
 from dsr1kit.config import Table, read_toml
@@ -167,3 +169,75 @@ def test_a_file_that_ends_too_early_names_its_last_line(tmp_path):
     path.write_text('[channel.a]\nmodel = "m"\nbase_url = [')
     with pytest.raises(ConfigError, match=r"t\.toml: not valid TOML: .*line 3"):
         read_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "key", "told"),
+    [
+        ("[model]\nscript = []\n", "model", "script", "some text"),
+        ('[model]\nscript = ["a", " "]\n', "model", "script", "some text"),
+        ('[model]\nscript = ["a", 7]\n', "model", "script", "list of strings"),
+        ("[model]\nscript = 7\n", "model", "script", "expected a string"),
+        (MODEL + '[how]\nthrottled = "503"\n', "how", "throttled", "expected one of 429, event"),
+        (MODEL + '[how]\ncut = "late"\n', "how", "cut", "expected one of anywhere, before, answer"),
+        (MODEL + "[how]\nretired = 410\n", "how", "retired", "expected a string"),
+        (MODEL + '[how]\nsystem = "ignore"\n', "how", "system", "expected one of accept, refuse, obey"),
+        (MODEL + '[how]\nthrotled = "429"\n', "how", "throttled", "did you mean"),
+        (MODEL + '[how]\nqueued = "x"\n', "how", "queued", "unknown key"),
+        (MODEL + "[limits]\nmax_output = 0\n", "limits", "max_output", "at least 1"),
+        (MODEL + "[limits]\nmax_output = 1.5\n", "limits", "max_output", "whole number"),
+        (MODEL + "[limits]\nrefuse_above = 0\n", "limits", "refuse_above", "at least 1"),
+        (MODEL + "[limits]\nbalance = -1\n", "limits", "balance", "at least 0"),
+        (MODEL + '[limits]\nbalance = "much"\n', "limits", "balance", "expected a number"),
+        (MODEL + "[limits]\nretry_after_s = nan\n", "limits", "retry_after_s", "expected a number"),
+        (MODEL + "[retirement]\n", "retirement", "at", "either at"),
+        (MODEL + "[retirement]\nshrinks_s = 5\n", "retirement", "at", "either at"),
+        (MODEL + "[retirement]\nat = 2027-01-01\nin_s = 5\n", "retirement", "at", "not both"),
+        (MODEL + '[retirement]\nat = "2027-01-01"\n', "retirement", "at", "without quotes"),
+        (MODEL + "[retirement]\nin_s = -1\n", "retirement", "in_s", "from 0"),
+        (MODEL + "[retirement]\nin_s = 1e300\n", "retirement", "in_s", "from 0"),
+        (MODEL + "[retirement]\nin_s = 1\nshrinks_s = 0\n", "retirement", "shrinks_s", "at least"),
+        (MODEL + "[retirement]\nin_s = 1\nshrinks = 0\n", "retirement", "shrinks_s", "did you mean"),
+        (MODEL + '[dialect]\nquota_headers = "x"\n', "dialect", "quota_headers", "retry-after-ms"),
+        (MODEL + '[dialect]\nmodels = "some"\n', "dialect", "models", "list, none, forbidden"),
+        (MODEL + '[dialect]\nlisted = "one"\n', "dialect", "listed", "list of strings"),
+        (MODEL + "[dialect]\nserves = 7\n", "dialect", "serves", "expected a string"),
+        (MODEL + '[dialect]\nburst = "yes"\n', "dialect", "burst", "true or false"),
+        (MODEL + '[dialect]\nusage = "all"\n', "dialect", "usage", "expected one of split, sum, none"),
+        (MODEL + "[dialect]\nusage = 1\n", "dialect", "usage", "expected a string"),
+        (MODEL + '[dialect]\nprotocol = "grpc"\n', "dialect", "protocol", "bedrock-converse"),
+        ("how = 3\n" + MODEL, "", "how", "must be a table"),
+    ],
+)
+def test_wrong_weather_is_told_with_file_table_and_key(weather, text, table, key, told):
+    with pytest.raises(ConfigError) as error:
+        weather(text)
+    message = str(error.value)
+    assert "w.toml" in message
+    assert f"[{table}]" in message or not table
+    assert key in message
+    assert told in message
+
+
+def test_a_weather_keeps_its_forms_limits_and_retirement(weather):
+    loaded = weather(
+        '[model]\nscript = ["a", "b"]\n[how]\ncut = "answer"\nsystem = "obey"\n'
+        "[limits]\nmax_output = 7\nrefuse_above = 9\nbalance = 2\nretry_after_s = 0.5\n"
+        "[retirement]\nat = 2027-01-01\nshrinks_s = 60\n"
+        '[dialect]\nusage = true\nburst = true\nserves = "x"\nlisted = ["y"]\nmodels = "none"\n'
+        'quota_headers = "openai"\nprotocol = "bedrock-converse"\n'
+    )
+    assert (loaded.scripts, loaded.how, loaded.system) == (("a", "b"), {"cut": "answer"}, "obey")
+    assert (loaded.form("cut"), loaded.form("stalled"), loaded.form("queued"), loaded.form(None)) == (
+        "answer", "between", "", "",
+    )  # fmt: skip
+    assert (loaded.max_output, loaded.refuse_above, loaded.balance, loaded.retry_after_s) == (7, 9, 2.0, 0.5)
+    assert (loaded.usage, loaded.burst, loaded.serves, loaded.listed) == ("split", True, "x", ("y",))
+    assert (loaded.models, loaded.quota_headers, loaded.protocol) == ("none", "openai", "bedrock-converse")
+    at = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+    assert loaded.retirement(at) == at
+    seconds = dt.timedelta(seconds=1)
+    left = [loaded.quota_left(at, at + n * seconds) for n in (-120, -60, -30, 0, 60)]
+    assert left == [1.0, 1.0, 0.5, 0.0, 0.0]
+    plain = weather(MODEL)
+    assert (plain.retirement(at), plain.quota_left(at, at), plain.balance, plain.listed) == (None, 1.0, None, None)

@@ -287,9 +287,7 @@ def test_a_model_list_that_is_forbidden_is_no_cause_where_questions_are_answered
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
 def test_a_balance_that_is_not_told_is_no_cause_where_questions_are_answered(status):
-    found, _ = examine(
-        provider(balance=refusal(status, "no")), api_key_env="DOCTOR_KEY", balance_path="/user/balance"
-    )
+    found, _ = examine(provider(balance=refusal(status, "no")), api_key_env="DOCTOR_KEY", balance_path="/user/balance")
     assert found.usable, found.detail
     assert step(found, "balance").state in ("warn", "skip")
     assert "model list" not in step(found, "balance").said
@@ -550,16 +548,6 @@ def test_the_days_left_of_a_good_certificate_are_told_and_few_of_them_warn(tls, 
     assert found.usable
 
 
-def test_https_to_a_server_of_plain_http_stops_at_tls():
-    async def inside():
-        async with Scripted(provider()) as server:
-            return await diagnose(server.channel(base_urls=(server.url.replace("http", "https"),)), **CLOCKS)
-
-    found = asyncio.run(inside())
-    assert (found.outcome, names(found)[-1]) == (Outcome.UNREACHABLE, "tls")
-    assert "http://" in found.detail
-
-
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_is_not_there_is_named(scheme):
     port = free_port()
@@ -583,6 +571,19 @@ def test_a_proxy_that_refuses_to_connect_is_named():
     found, address = asyncio.run(inside())
     assert (found.outcome, names(found)[-1]) == (Outcome.UNREACHABLE, "tls")
     assert f"the proxy {address} answered CONNECT r1.example:443 with status 403" in found.detail
+
+
+def test_a_proxy_that_wants_a_login_is_named():
+    async def inside():
+        async with Scripted(refusal(407, "login")) as proxy:
+            address = f"127.0.0.1:{proxy.port}"
+            channel = Channel(name="c", base_urls=("http://r1.example/v1",), model="m", proxy=f"http://{address}")
+            return await diagnose(channel, **CLOCKS), proxy, address
+
+    found, proxy, address = asyncio.run(inside())
+    assert found.outcome is Outcome.UNREACHABLE
+    assert f"the proxy {address} wants a login" in found.detail
+    assert not posts(proxy)
 
 
 def test_through_a_proxy_that_works_everything_is_examined(tls, monkeypatch):

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -19,7 +20,8 @@ import pytest
 from dsr1kit.backends import open_backend, price_of
 from dsr1kit.emulator.channel import EmulatedChannel, channel_of
 from dsr1kit.emulator.server import Emulator
-from dsr1kit.emulator.weather import FAULTS, load_weather
+from dsr1kit.emulator.troubles import load_troubles, play
+from dsr1kit.emulator.weather import FAULTS, FORMS, load_weather
 from dsr1kit.errors import ConfigError, RunError, UnknownName, UsageError
 from dsr1kit.records import Outcome, Sampling
 
@@ -449,3 +451,300 @@ def test_peak_hours_are_read_in_every_sensible_form(weather_file, hours):
 def test_a_flat_pair_is_one_span_and_a_span_over_midnight_two(weather_file):
     assert load_weather(weather_file("[peak]\nhours = [10, 12]")).peak_hours == ((10.0, 12.0),)
     assert load_weather(weather_file("[peak]\nhours = [[22, 6]]")).peak_hours == ((22.0, 24.0), (0.0, 6.0))
+
+
+# Forms of an outcome.
+HOW = [(outcome, form) for outcome, forms in FORMS.items() for form in forms]
+STATUS = {"500": 500, "503": 503, "529": 529, "402": 402, "403": 403, "401": 401, "404": 404, "410": 410, "400": 400,
+          "422": 422, "429": 429}  # fmt: skip
+
+
+@pytest.mark.parametrize(("outcome", "form"), HOW)
+def test_every_form_of_an_outcome_is_that_outcome_on_the_wire(weather_file, outcome, form):
+    path = weather_file(f'[faults]\n{outcome} = 1\n[how]\n{outcome} = "{form}"\n')
+    reply = ask(path, first_token_s=0.4, stall_s=0.2)
+    assert reply.outcome.value == outcome, reply.detail
+    assert reply.emulated
+    assert reply.http_status == STATUS.get(form, 200)
+    thought, said = bool(reply.reasoning), bool(reply.answer)
+    if form in ("before", "nothing", "body") or form in STATUS or outcome == "not_an_answer":
+        assert (thought, said) == (False, False)
+    elif form == "thinking":
+        assert (reply.reasoning, said) == (REASONING, False)
+    elif form == "answer":
+        assert (reply.reasoning, said) == (REASONING, True)
+        assert reply.answer != ANSWER
+    elif outcome in ("stalled", "cut") or form == "event":
+        assert thought
+
+
+@pytest.mark.parametrize(("outcome", "form"), [("throttled", "event"), ("overloaded", "event")])
+def test_an_error_inside_a_200_is_one_without_a_stream_too(weather_file, outcome, form):
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/chat/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, json={"messages": QUESTION}) as response:
+            return response.status, await response.json()
+
+    status, told = serve(weather_file(f'[faults]\n{outcome} = 1\n[how]\n{outcome} = "{form}"\n'), scenario)
+    assert status == 200
+    assert set(told) == {"error"}
+    assert told["error"]["message"]
+
+
+def test_the_account_s_refusals_are_those_of_the_model_list_too(weather_file):
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/models"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            return response.status
+
+    assert serve(weather_file("[faults]\nunauthorized = 1"), scenario) == 401
+    assert serve(weather_file('[faults]\nno_balance = 1\n[how]\nno_balance = "403"'), scenario) == 403
+    assert serve(weather_file("[faults]\noverloaded = 1"), scenario) == 200
+    assert serve(weather_file("[faults]\nunauthorized = 0.5"), scenario) == 200
+
+
+# Quotas.
+@pytest.mark.parametrize(
+    ("kind", "wait_s", "reads"),
+    [
+        ("retry-after", 2.5, ["3"]),
+        ("fraction", 2.5, ["2.5"]),
+        ("retry-after-ms", 0.35, ["350"]),
+        ("openai", 90.0, ["60", "0", "1m30s"]),
+        ("openai", 0.35, ["60", "0", "350ms"]),
+        ("x-ratelimit", 2.5, ["60", "0", "3"]),
+        ("modelscope", 2.5, ["2000", "1000", "60", "0"]),
+        ("none", 2.5, []),
+    ],
+)
+def test_every_way_of_telling_a_quota_is_sent_and_read(weather_file, kind, wait_s, reads):
+    path = weather_file(
+        f'[faults]\nthrottled = 1\n[limits]\nretry_after_s = {wait_s}\n[dialect]\nquota_headers = "{kind}"'
+    )
+    reply = ask(path)
+    assert reply.outcome is Outcome.THROTTLED
+    told = {k: v for k, v in reply.headers.items() if "ratelimit" in k or "retry-after" in k}
+    assert list(told.values()) == reads
+    quota = reply.extra["quota"]
+    assert quota.told == bool(reads)
+    if kind not in ("none", "modelscope"):
+        assert wait_s <= quota.wait_s() <= max(1.0, wait_s) + 1
+
+
+def test_a_date_to_try_again_at_is_sent_and_read(weather_file):
+    path = weather_file('[faults]\nthrottled = 1\n[limits]\nretry_after_s = 30\n[dialect]\nquota_headers = "date"')
+    reply = ask(path)
+    assert reply.headers["retry-after"].endswith(" GMT")
+    assert 27 <= reply.extra["quota"].wait_s() <= 31
+
+
+@pytest.mark.parametrize("kind", ["openai", "x-ratelimit", "modelscope"])
+def test_what_is_left_is_told_with_every_answer(weather_file, kind):
+    path = weather_file(f'[limits]\nrequests_per_minute = 5\n[dialect]\nquota_headers = "{kind}"')
+    left = [r.extra["quota"].allowances[-1].remaining for r in ask(path, times=6)]
+    assert left == [4, 3, 2, 1, 0, 0]
+
+
+# Retirement.
+def at_times(path, moments, began=NOON, times=1):
+    """Outcomes of questions asked so many seconds after the emulator began."""
+    clock = [began]
+
+    async def scenario(channel, emulator):
+        outcomes = []
+        async with channel.open() as r1:
+            for after_s in moments:
+                clock[0] = began + dt.timedelta(seconds=after_s)
+                outcomes.append([(await r1.ask(QUESTION)).outcome.value for _ in range(times)])
+        return [o[0] if times == 1 else o for o in outcomes]
+
+    async def inside():
+        emulator = Emulator(load_weather(path), now=lambda: clock[0])
+        async with emulator.listen() as url:
+            # By the real calendar this channel is never retired: the emulator is what says so.
+            channel = replace(channel_at(path, url), retires=None)
+            return await scenario(channel, emulator)
+
+    return asyncio.run(inside())
+
+
+@pytest.mark.parametrize("limit", ["", "[limits]\nrequests_per_minute = 600\n"])
+def test_a_model_is_served_until_its_retirement_and_not_after(weather_file, limit):
+    later = weather_file(limit + "[retirement]\nin_s = 60\nshrinks_s = 1\n")
+    assert at_times(later, [0, 58, 60, 61]) == ["ok", "ok", "retired", "retired"]
+    dated = weather_file(limit + "[retirement]\nat = 2026-11-23T12:31:00Z\nshrinks_s = 1\n")
+    assert at_times(dated, [0, 58, 60, 61]) == ["ok", "ok", "retired", "retired"]
+
+
+def test_a_retirement_is_a_date_of_the_channel(weather_file):
+    async def scenario(channel, emulator):
+        return channel
+
+    begun = dt.datetime(2099, 1, 1, tzinfo=dt.UTC)
+    weather = load_weather(weather_file("[retirement]\nin_s = 86400\n"))
+    assert channel_of(weather, "http://127.0.0.1:1/v1", "e", begun).retires == begun + dt.timedelta(days=1)
+    for text in ("2099-01-02", "2099-01-02T00:00:00", "2099-01-02T08:00:00+08:00"):
+        path = weather_file(f"[retirement]\nat = {text}\n")
+        assert serve(path, scenario).retires_at() == dt.datetime(2099, 1, 2, tzinfo=dt.UTC)
+    assert serve(weather_file(), scenario).retires is None
+
+
+def test_requests_a_minute_shrink_to_nothing_before_the_retirement(weather_file):
+    path = weather_file("[limits]\nrequests_per_minute = 4\n[retirement]\nin_s = 1000\nshrinks_s = 800\n")
+    full, half, none, gone = (at_times(path, [after_s], times=6)[0] for after_s in (100, 600, 900, 1000))
+    assert full == ["ok"] * 4 + ["throttled"] * 2
+    assert half == ["ok"] * 2 + ["throttled"] * 4
+    assert none == ["throttled"] * 6
+    assert gone == ["retired"] * 6
+
+
+def test_a_quota_that_shrinks_is_told_as_it_is_granted(weather_file):
+    path = weather_file(
+        "[limits]\nrequests_per_minute = 8\n[retirement]\nin_s = 1000\nshrinks_s = 2000\n"
+        '[dialect]\nquota_headers = "x-ratelimit"\n'
+    )
+    reply = ask(path, now=lambda: NOON)
+    assert (reply.headers["x-ratelimit-limit"], reply.headers["x-ratelimit-remaining"]) == ("4", "3")
+
+
+# Account, names and limits of length.
+def test_the_balance_is_told_as_deepseek_tells_it_and_an_empty_one_refuses(weather_file):
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/user/balance"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            told = (response.status, await response.json())
+        async with channel.open() as r1:
+            return channel.balance_path, *told, (await r1.ask(QUESTION)).outcome
+
+    path, status, told, outcome = serve(weather_file("[limits]\nbalance = 3.5\n[price]\ninput=1\noutput=1"), scenario)
+    assert (path, status, outcome) == ("/user/balance", 200, Outcome.OK)
+    assert told == {"is_available": True, "balance_infos": [{"currency": "USD", "total_balance": "3.50"}]}
+    _, status, told, outcome = serve(weather_file("[limits]\nbalance = 0"), scenario)
+    assert (told["is_available"], outcome) == (False, Outcome.NO_BALANCE)
+    path, status, _, outcome = serve(weather_file(), scenario)
+    assert (path, status, outcome) == ("", 404, Outcome.OK)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "names"),
+    [
+        ("", 200, ["scripted-r1"]),
+        ('listed = ["a", "b"]', 200, ["a", "b"]),
+        ("listed = []", 200, []),
+        ('serves = "other"', 200, ["scripted-r1"]),
+        ('models = "none"', 404, None),
+        ('models = "forbidden"', 403, None),
+    ],
+)
+def test_the_model_list_is_what_the_weather_has_in_it(weather_file, text, status, names):
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/models"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            return response.status, await response.json()
+
+    got, told = serve(weather_file(f"[dialect]\n{text}"), scenario)
+    assert got == status
+    assert names is None or [m["id"] for m in told["data"]] == names
+
+
+def test_another_name_may_be_served_than_is_asked_for(weather_file):
+    reply = ask(weather_file('[dialect]\nserves = "some-other-model"'))
+    assert (reply.outcome, reply.model_requested, reply.model_served) == (
+        Outcome.OK, "scripted-r1", "some-other-model",
+    )  # fmt: skip
+
+
+def test_a_burst_comes_whole_at_the_moment_of_its_last_token(weather_file):
+    pace = "[latency]\nfirst_token_s = 0.05\ninter_token_s = 0.01\n"
+    paced, burst = ask(weather_file(pace)), ask(weather_file(pace + "[dialect]\nburst = true\n"))
+    assert (burst.reasoning, burst.answer) == (paced.reasoning, paced.answer)
+    assert paced.extra["chunks"] > 10
+    assert burst.extra["chunks"] <= 2
+    assert burst.timing.first_token_s >= 0.05 + 0.009 * (paced.usage.completion_tokens - 1)
+    assert burst.timing.total_s - burst.timing.first_token_s < 0.05
+
+
+def test_answers_end_at_the_ceiling_of_the_place_or_of_the_request(weather_file):
+    path = weather_file("[limits]\nmax_output = 5\n")
+    reply = ask(path)
+    assert (reply.outcome, reply.finish_reason, reply.usage.completion_tokens) == (Outcome.TRUNCATED, "length", 5)
+    assert ask(path, sampling=Sampling(max_tokens=3)).usage.completion_tokens == 3
+    assert ask(weather_file("[limits]\nmax_output = 5000\n")).outcome is Outcome.OK
+
+
+def test_more_tokens_than_the_place_takes_are_refused_with_its_limit(weather_file):
+    path = weather_file("[limits]\nrefuse_above = 100\n")
+    assert ask(path, sampling=Sampling(max_tokens=100)).outcome is Outcome.OK
+    reply = ask(path, sampling=Sampling(max_tokens=101))
+    assert (reply.outcome, reply.http_status) == (Outcome.BAD_REQUEST, 400)
+    assert "[1, 100]" in reply.detail
+
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/chat/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, json={"messages": QUESTION}) as response:
+            return response.status
+
+    assert serve(path, scenario) == 200  # nothing was asked for that could be too much
+
+
+def test_numbers_that_are_none_are_400(weather_file):
+    async def scenario(channel, emulator):
+        url = channel.base_urls[0] + "/chat/completions"
+        body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e999}'
+        async with aiohttp.ClientSession() as session, session.post(url, data=body) as response:
+            return response.status
+
+    assert serve(weather_file(), scenario) == 400
+
+
+# Several scripts, system prompts.
+SEVERAL = 'script = ["first of all", "second to none", "third time lucky", "fourth and last"]'
+
+
+def test_of_several_scripts_the_first_is_given_at_temperature_0_and_one_is_drawn_above(weather_file):
+    path = weather_file(model=SEVERAL)
+    cold = {r.answer for r in ask(path, times=8, sampling=Sampling(temperature=0.0))}
+    assert cold == {"first of all"}
+    hot = [r.answer for r in ask(path, times=16, sampling=Sampling(temperature=1.0, seed=1))]
+    assert len(set(hot)) > 1
+    assert set(hot) <= set(load_weather(path).scripts)
+    assert hot == [r.answer for r in ask(path, times=16, sampling=Sampling(temperature=1.0, seed=1))]
+
+
+def test_a_temperature_of_the_weather_stands_above_the_request_s(weather_file):
+    always = ask(weather_file(model=SEVERAL + "\ntemperature = 0.0"), times=8, sampling=Sampling(temperature=1.0))
+    assert {r.answer for r in always} == {"first of all"}
+    never = ask(weather_file(model=SEVERAL + "\ntemperature = 1.0"), times=16, sampling=Sampling(temperature=0.0))
+    assert len({r.answer for r in never}) > 1
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome", "answer"),
+    [("accept", "ok", ANSWER), ("obey", "ok", f"{ANSWER} MANGO"), ("refuse", "bad_request", "")],
+)
+def test_a_system_prompt_is_accepted_obeyed_or_refused(weather_file, how, outcome, answer):
+    async def scenario(channel, emulator):
+        system = {"role": "system", "content": 'End with the word "MANGO".'}
+        async with channel.open() as r1:
+            assert (await r1.ask(QUESTION)).answer == ANSWER
+            return await r1.ask([system, *QUESTION])
+
+    reply = serve(weather_file(f'[how]\nsystem = "{how}"'), scenario)
+    assert (reply.outcome.value, reply.answer) == (outcome, answer)
+
+
+# The shipped troubles.
+def test_every_trouble_is_a_client_s_outcome_too():
+    troubles = load_troubles()
+
+    async def one(trouble, turns):
+        async with turns, play(trouble) as channel, channel.open(first_token_s=0.8, stall_s=0.5) as r1:
+            assert channel.emulated
+            return (await r1.ask(QUESTION, Sampling(max_tokens=128))).outcome
+
+    async def inside():
+        turns = asyncio.Semaphore(6)
+        return await asyncio.gather(*(one(t, turns) for t in troubles.values()))
+
+    seen = dict(zip(troubles, asyncio.run(inside()), strict=True))
+    assert seen == {name: t.outcome for name, t in troubles.items()}

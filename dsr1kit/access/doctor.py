@@ -8,10 +8,13 @@ questions go: same proxy, same TLS, same key. Knows nothing about printing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import difflib
 import ipaddress
+import os
 import shutil
+import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -38,6 +41,8 @@ SMALL_LIMIT = 128  # tokens of the small question's answer: R1 is usually cut in
 
 _EXPIRES_SOON = dt.timedelta(days=14)
 _TRACE_S = 30.0
+_LONGEST, _LONGEST_ROUTE = 600, 6000  # characters of a finding: a far side may say megabytes
+_MOST_NAMES = 10_000  # of a list of models, in which the nearest is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Diagnosis:
             "outcome": self.outcome.value,
             "detail": self.detail,
             "steps": [{"name": s.name, "state": s.state, "said": s.said, "seconds": s.seconds} for s in self.steps],
-            "model_served": None if reply is None else reply.model_served,
+            "model_served": None if reply is None or reply.model_served is None else plain(reply.model_served),
             "first_token_s": None if reply is None else reply.timing.first_token_s,
             "total_s": None if reply is None else reply.timing.total_s,
             "cost": self.cost,
@@ -117,7 +122,7 @@ async def diagnose(
     """Examine a channel, step by step, until the first cause or an answer to one small question.
 
     Args:
-        first_token_s, stall_s, connect_s: limits, in seconds.
+        first_token_s, stall_s, connect_s: limits, in seconds; UsageError where one is not above 0.
         trace: also ask mtr or traceroute for the route, where one is installed; takes up to 30 s.
         on_step: told of each finding as it is made.
         now: the clock that retirement and tariff are read by (timezone-aware).
@@ -146,9 +151,10 @@ class _Examination:
     reply: Reply | None = None
 
     async def run(self) -> Diagnosis:
+        unopened = ChannelClient(self.channel, **self.clocks)  # raises for limits that cannot be meant
         try:
             self._known()
-            async with self._opened() as client:
+            async with self._opened(unopened) as client:
                 await self._network(client)
                 if self.channel.protocol == "chat-completions":
                     await self._account(client)
@@ -161,7 +167,7 @@ class _Examination:
             self.channel.name,
             self.channel.model,
             outcome,
-            redact(detail),
+            plain(detail, 2 * _LONGEST),
             tuple(self.steps),
             reply,
             cost,
@@ -170,13 +176,15 @@ class _Examination:
         )
 
     def _add(self, name: str, state: State, said: str, seconds: float = 0.0) -> None:
-        step = Step(name, state, redact(said), round(seconds, 6))
+        said = plain(said, _LONGEST_ROUTE, "\n") if name == "route" else plain(said)
+        step = Step(name, state, said, round(seconds, 6))
         self.steps.append(step)
         if self.on_step is not None:
             self.on_step(step)
 
     def _fail(self, name: str, outcome: Outcome, fact: str, seconds: float = 0.0, *, todo: str = "") -> _Cause:
         """The cause, with what to do: `todo`, or the usual advice for such an outcome."""
+        fact = plain(fact)
         self._add(name, "fail", fact, seconds)
         return _Cause(outcome, f"{fact}: {todo}" if todo else outcomes.detail(outcome, fact))
 
@@ -218,10 +226,10 @@ class _Examination:
 
     # The network.
     @asynccontextmanager
-    async def _opened(self) -> AsyncIterator[ChannelClient]:
+    async def _opened(self, unopened: ChannelClient) -> AsyncIterator[ChannelClient]:
         began = asyncio.get_running_loop().time()
         try:
-            client = await self.channel.open(**self.clocks).__aenter__()
+            client = await unopened.__aenter__()
         except UsageError as error:  # a key that no header can carry, a missing extra
             self._add("key", "fail", str(error))
             raise _Cause(Outcome.UNAUTHORIZED, str(error)) from None
@@ -302,17 +310,29 @@ class _Examination:
         options = ["--report", "--report-cycles", "3", "--no-dns"] if tool == "mtr" else ["-n", "-q", "1", "-w", "2"]
         loop = asyncio.get_running_loop()
         began = loop.time()
-        process = await asyncio.create_subprocess_exec(
-            tool, *options, "--", host, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(tool, *options, "--", host),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # mtr has a child, which would keep the pipe open
+            )
+        except OSError as error:
+            self._add("route", "warn", f"{tool} cannot be run ({error.strerror})", loop.time() - began)
+            return
         try:
             async with asyncio.timeout(_TRACE_S):
                 told, _ = await process.communicate()
-            said = told.decode("utf-8", "replace").strip()
+            said = told.decode("utf-8", "replace").strip() or f"{tool} ended with {process.returncode} and no word"
         except TimeoutError:
-            process.kill()
-            await process.wait()
             said = f"{tool} did not end within {_TRACE_S:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):  # something that left the group may keep the pipe
+            async with asyncio.timeout(1.0):
+                await process.wait()
         self._add("route", "pass" if process.returncode == 0 else "warn", said, loop.time() - began)
 
     # The account.
@@ -329,31 +349,41 @@ class _Examination:
         if isinstance(listed, str):
             self._add("http", "warn", listed)  # the question goes elsewhere and may fare better
         else:
+            if listed.status == 407:
+                fact = f"the proxy {client.pool.proxy} wants a login (HTTP 407)"
+                todo = "put user and password into the proxy's URL"
+                raise self._fail("http", Outcome.UNREACHABLE, fact, listed.total_s, todo=todo)
             self._add("http", "pass", f"GET /models answers {listed.status}", listed.total_s)
-            self._refused(listed, "key accepted")
+            self._refused(listed)
         if self.channel.balance_path:
             await self._balance(client)
         if not isinstance(listed, str):
             self._listed(listed)
 
-    def _refused(self, response: Fetched, name: str) -> None:
-        """Stop where an answer to a plain request settles it."""
+    def _refused(self, response: Fetched) -> None:
+        """Stop where the answer to a plain request settles it; the model list is the first that the key meets."""
         outcome, detail = outcomes.from_status(response.status, response.body)
         if response.status in (401, 402) or (response.status == 403 and outcome is Outcome.NO_BALANCE):
-            self._add(name, "fail", detail, response.total_s)
+            self._add("key accepted", "fail", detail, response.total_s)
             raise _Cause(outcome, detail)
         if response.status == 403:  # some keep the list from keys that may well ask questions
-            self._add(name, "warn", "the model list is not for this key; the question will tell")
+            self._add("key accepted", "warn", "the model list is not for this key; the question will tell")
         elif response.status == 200 and self.channel.api_key_env:
-            self._add(name, "pass", "nothing against it")
+            self._add("key accepted", "pass", "nothing against it")
 
     async def _balance(self, client: ChannelClient) -> None:
         response = await self._get(client, self.channel.balance_path)
         if isinstance(response, str):
             self._add("balance", "warn", response)
             return
-        self._refused(response, "balance")
-        told = response.json()
+        outcome, detail = outcomes.from_status(response.status, response.body)
+        if outcome is Outcome.NO_BALANCE and response.status in (402, 403):
+            self._add("balance", "fail", detail, response.total_s)
+            raise _Cause(outcome, detail)
+        if response.status in (401, 403):  # it may be kept from keys that may well ask questions
+            self._add("balance", "warn", "it is not told to this key; the question will tell", response.total_s)
+            return
+        told: Any = response.json() if response.status == 200 else None
         infos = told.get("balance_infos") if isinstance(told, dict) else None
         if not isinstance(infos, list):
             self._add("balance", "skip", f"GET {self.channel.balance_path} answers {response.status} without one")
@@ -380,7 +410,7 @@ class _Examination:
         elif wanted in names:
             self._add("model", "pass", f"{wanted} is in the list of {len(names)}")
         else:
-            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(wanted, names[:_MOST_NAMES], n=3, cutoff=0.4)
             like = f"; there: {', '.join(near)}" if near else f"; there: {', '.join(names[:3])}"
             self._add("model", "warn", f"{wanted} is not in the list of {len(names)}{like}")
 
@@ -410,6 +440,12 @@ class _Examination:
         if outcome is Outcome.UNKNOWN_MODEL and (seen := next((s for s in self.steps if s.name == "model"), None)):
             detail += f" ({seen.said})"
         return outcome, detail
+
+
+def plain(text: str, most: int = _LONGEST, keep: str = "") -> str:
+    """What can be shown of a text: no keys, no control characters or halves of one, not without end."""
+    text = "".join(c if c.isprintable() or c in keep else " " for c in redact(text))
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _is_address(host: str) -> bool:

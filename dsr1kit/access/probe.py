@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import ChannelClient
-from dsr1kit.access.doctor import USABLE
+from dsr1kit.access.doctor import USABLE, plain
 from dsr1kit.access.stream import estimate_tokens
+from dsr1kit.errors import UsageError
 from dsr1kit.records import Message, Outcome, Reply, Sampling
 
 Verdict = Literal["pass", "fail", "unknown"]
@@ -95,8 +96,10 @@ async def probe(
         on_check: told of each check as it is settled.
 
     Raises:
-        UsageError: the channel cannot be opened (see `Channel.open`).
+        UsageError: the channel cannot be opened (see `Channel.open`), or no token is asked for.
     """
+    if ceiling_tokens < 1:
+        raise UsageError(f"ceiling_tokens must be at least 1, not {ceiling_tokens}")
     # Its stated ceiling would clamp what is asked for, and so hide the real one.
     opened = replace(channel, max_output=None).open(first_token_s=first_token_s, stall_s=stall_s)
     async with opened as client:
@@ -157,7 +160,7 @@ class _Examiner:
         return reply
 
     def _settle(self, name: str, verdict: Verdict, evidence: str) -> None:
-        check = Check(name, verdict, evidence)
+        check = Check(name, verdict, plain(evidence))
         self.checks.append(check)
         if self.on_check is not None:
             self.on_check(check)
@@ -227,8 +230,7 @@ class _Examiner:
         stated = self.channel.max_output
         first = await self._ask("Say yes.", max_tokens=_FAR_TOO_MANY)
         if first.outcome is Outcome.BAD_REQUEST:
-            said = [int(n) for n in re.findall(r"\d{2,9}", first.detail.replace(",", "")) if int(n) != _FAR_TOO_MANY]
-            ceiling = max((n for n in said if n > 422), default=None)  # not the status
+            ceiling = _stated_limit(first.detail)
             if ceiling is not None:
                 less = stated is not None and ceiling < stated
                 against = "" if stated is None else f", the catalogue says {stated}"
@@ -270,6 +272,13 @@ class _Examiner:
         burst = reads <= 2 or span < 0.02 * first
         few = reply.extra["chunks"] <= 2 and (reply.usage.completion_tokens or 0) < 20
         self._settle("streaming", "unknown" if few else "fail" if burst else "pass", told)
+
+
+def _stated_limit(words: str) -> int | None:
+    """The largest number in a refusal that can be a limit on tokens: not its status, not what was asked for."""
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", words)  # 8,192 is one number, [1,8192] are two
+    numbers = (int(n) for n in re.findall(r"(?<![\w.-])\d{3,8}(?![\w-])", bare))
+    return max((n for n in numbers if 422 < n < _FAR_TOO_MANY), default=None)
 
 
 def _thought(reply: Reply) -> bool:

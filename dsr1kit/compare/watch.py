@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -73,11 +74,15 @@ class WatchSettings:
             if is_local(name):
                 raise UsageError(f"{name} runs in this process; a watch is for channels that can be busy")
         for name in ("every_s", "for_s", "first_token_s", "stall_s"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be above 0 seconds and finite, not {getattr(self, name)}")
+        if not all(0 <= low < high <= 24 for low, high in self.peak_hours):
+            raise UsageError(
+                f"peak_hours must be spans within a day such as ((10, 12), (22, 24)), not {self.peak_hours}"
+            )
         try:
             ZoneInfo(self.timezone)
-        except (ZoneInfoNotFoundError, ValueError):
+        except (ZoneInfoNotFoundError, ValueError, OSError):  # OSError: a folder of zones, such as Europe
             raise UsageError(f"no such time zone {self.timezone!r}; expected one such as Asia/Shanghai") from None
 
     @property

@@ -145,9 +145,7 @@ class ChatShape:
 
     def error(self, outcome: str, message: str) -> bytes:
         """An object with `error` in the place of a chunk."""
-        kinds = {"throttled": ("rate_limit_error", 429), "bad_request": ("invalid_request_error", 400)}
-        kind, code = kinds.get(outcome, ("server_error", 503))
-        return self._event({"error": {"message": message, "type": kind, "code": code}})
+        return self._event(error(outcome, message))
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> bytes:
         return self._event(self._envelope | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
@@ -157,6 +155,14 @@ class ChatShape:
 
     def _line(self, line: str) -> bytes:
         return f"{line}{self._end}{self._end}".encode()
+
+
+def error(outcome: str, message: str = "") -> dict[str, Any]:
+    """An object with `error`, as it stands in a response whose status is 200."""
+    kinds = {"throttled": ("rate_limit_error", 429), "bad_request": ("invalid_request_error", 400)}
+    kind, code = kinds.get(outcome, ("server_error", 503))
+    said = message or next(iter(REFUSALS[outcome].values()))[1]
+    return {"error": {"message": said, "type": kind, "code": code}}
 
 
 def whole(weather: Weather, reasoning: str, answer: str, finish_reason: str, counts: dict[str, Any]) -> dict[str, Any]:

@@ -136,19 +136,19 @@ class Emulator:
             body = self._question(await request.json())
             require_messages(body["messages"])
             limit = self._answers.sampling(body, "").max_tokens
-        except (ValueError, KeyError, TypeError, UsageError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, UsageError, AttributeError) as error:
             self.served["bad_request"] += 1
             return self._refusal("bad_request", f"Invalid request: {error}")
         key = key_of(body)
         attempt = self._asked[key]
         self._asked[key] += 1
         weather = self.weather
+        if (refused := self._refused(body)) is not None:  # before the limits: a retired model is not busy
+            self.served[refused[0]] += 1
+            return self._refusal(*refused)
         if (wait_s := self._over_limit(arrived)) is not None:
             self.served["throttled"] += 1
             return self._refusal("throttled", wait_s=wait_s)
-        if (refused := self._refused(body, limit)) is not None:
-            self.served[refused[0]] += 1
-            return self._refusal(*refused)
         draw = weather.draw(json.dumps(body["messages"]), str(body.get("seed")), attempt, self._now())
         self.served[draw.fault or "ok"] += 1
         form = weather.form(draw.fault)
@@ -185,7 +185,7 @@ class Emulator:
             self._recent.append(now)
         return None
 
-    def _refused(self, body: dict[str, Any], max_tokens: int) -> tuple[str, str] | None:
+    def _refused(self, body: dict[str, Any]) -> tuple[str, str] | None:
         """Outcome and words of what this provider refuses whatever the weather's draw says."""
         weather = self.weather
         if weather.quota_left(self._began, self._now()) == 0:
@@ -194,7 +194,7 @@ class Emulator:
             return "no_balance", ""
         if weather.system == "refuse" and any(m["role"] == "system" for m in body["messages"]):
             return "bad_request", "Invalid request: the role system is not supported by this model"
-        if weather.refuse_above is not None and max_tokens > weather.refuse_above:
+        if weather.refuse_above is not None and int(body.get("max_tokens") or 0) > weather.refuse_above:
             words = f"Invalid max_tokens value, the valid range of max_tokens is [1, {weather.refuse_above}]"
             return "bad_request", words
         return None
@@ -214,6 +214,8 @@ class Emulator:
 
     def _quota(self, wait_s: float | None) -> dict[str, str]:
         limit = self.weather.requests_per_minute
+        if limit is not None:  # as it is granted now, which may be less than before
+            limit = float(int(limit * self.weather.quota_left(self._began, self._now())))
         left = 0.0 if limit is None else max(0.0, limit - len(self._recent))
         return dialects.quota_headers(self.weather, limit, left, wait_s)
 
@@ -226,6 +228,8 @@ class Emulator:
             if draw.fault != "cut":
                 await _until(arrived + self.weather.queue_s)
             return _hang_up(request, web.Response(headers=headers))
+        if draw.fault is not None and self.weather.form(draw.fault) == "event":
+            return web.json_response(dialects.error(draw.fault), headers=headers)
         counts = dialects.usage(self.weather, answer.prompt_tokens, len(answer.reasoning), len(answer.answer))
         texts = "".join(answer.reasoning), "".join(answer.answer)
         return web.json_response(dialects.whole(self.weather, *texts, answer.finish_reason, counts), headers=headers)

@@ -45,6 +45,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "bad_request": ("400", "422"),
     "filtered": ("finish_reason", "400"),
 }
+_FAR_S = 100 * 365 * 86400.0  # what is later than that has no date
 QuotaHeaders = Literal[
     "retry-after", "fraction", "date", "retry-after-ms", "openai", "x-ratelimit", "modelscope", "none"
 ]
@@ -284,12 +285,13 @@ def _retirement(t: Table) -> dict[str, Any]:
     if (at is None) == (not t.has("in_s")):
         raise t.error("at", "give either at (a date) or in_s (seconds after the start), and not both")
     shrinks_s = t.number("shrinks_s", 30 * 86400.0, low=1e-3)
-    return {"retires_at": at, "retires_in_s": t.number("in_s"), "shrinks_s": shrinks_s}
+    return {"retires_at": at, "retires_in_s": t.number("in_s", high=_FAR_S), "shrinks_s": shrinks_s}
 
 
 def _how(t: Table) -> dict[str, Any]:
     system = t.text("system", "accept", choices=("accept", "refuse", "obey"))
-    return {"how": {o: t.text(o, choices=forms) for o, forms in FORMS.items() if t.has(o)}, "system": system}
+    forms = {o: t.text(o, forms[0], choices=forms) for o, forms in FORMS.items()}  # all: so that they are known keys
+    return {"how": {o: form for o, form in forms.items() if t.has(o)}, "system": system}
 
 
 def _faults(t: Table) -> dict[str, Any]:
