@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsr1kit.access.cache import ReplyCache
     from dsr1kit.access.channels import Channel, load_channels
     from dsr1kit.access.prices import Price
+    from dsr1kit.access.router import Router
     from dsr1kit.backends import open_backend
     from dsr1kit.errors import Dsr1kitError
     from dsr1kit.local.model import LocalModel
@@ -26,6 +28,8 @@ __all__ = [
     "Outcome",
     "Price",
     "Reply",
+    "ReplyCache",
+    "Router",
     "Sampling",
     "Timing",
     "Usage",
@@ -36,6 +40,8 @@ __all__ = [
 _HOMES = {
     "Channel": "access.channels",
     "Price": "access.prices",
+    "ReplyCache": "access.cache",
+    "Router": "access.router",
     "load_channels": "access.channels",
     "open_backend": "backends",
     "Dsr1kitError": "errors",

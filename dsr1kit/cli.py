@@ -83,7 +83,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 def _print_json(value: object) -> None:
     plain = json.loads(json.dumps(value, default=str))
-    print(json.dumps(redact_texts(plain), ensure_ascii=False))
+    text = json.dumps(redact_texts(plain), ensure_ascii=False)
+    print(text.encode("utf-8", "replace").decode())  # half an emoji from a far side cannot be printed
 
 
 @app.command()

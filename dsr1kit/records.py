@@ -219,11 +219,16 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of text as it arrives, `at_s` seconds after the request was due."""
+    """A piece of text as it arrives, `at_s` seconds after the request was due.
+
+    Attributes:
+        attempt: a router that asks again counts it up; text under a lower number is void.
+    """
 
     kind: Literal["reasoning", "answer"]
     text: str
     at_s: float
+    attempt: int = 0
 
 
 OnDelta = Callable[[Delta], None]

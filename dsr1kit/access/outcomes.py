@@ -102,6 +102,8 @@ def _of_status(status: int, words: str) -> Outcome:
         return Outcome.OVERLOADED
     if status == 402:
         return Outcome.NO_BALANCE
+    if status == 407:  # a proxy on the way wants a login
+        return Outcome.UNREACHABLE
     if status == 410:
         return Outcome.RETIRED
     if status >= 400:

@@ -96,4 +96,7 @@ def bearer(key: str | None) -> dict[str, str]:
 
 def encode(body: Mapping[str, Any]) -> bytes:
     """A body's bytes; half a character (a lone surrogate) becomes a question mark."""
-    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+    return _to_json(body).encode("utf-8", "replace")
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a new encoder each time
