@@ -27,7 +27,7 @@ async def diagnose_all(
     Raises:
         UnknownName: no such channel; UsageError: a local model, a limit that cannot be meant, nothing to examine.
     """
-    from dsr1kit.cli_show import name_line, step_line, verdict_line
+    from dsr1kit.commands.show import name_line, step_line, verdict_line
 
     chosen = list(names) or [c.name for c in catalogue.values() if not c.closed_because()]
     if not chosen:
@@ -62,7 +62,7 @@ async def probe_all(
         UsageError: as `diagnose_all`; a channel that cannot be opened. Before the first is asked.
     """
     from dsr1kit.access.probe import probe
-    from dsr1kit.cli_show import check_line, conformance_line, name_line
+    from dsr1kit.commands.show import check_line, conformance_line, name_line
 
     results = []
     _known(names, catalogue, clocks)

@@ -17,7 +17,7 @@ PACKAGE = Path(dsr1kit.__file__).parent
 #: Lower rooms never import higher ones. A module that is not named here speaks words for everyone: rank 0.
 ROOMS = (
     ("access",), ("local",), ("emulator",), ("backends",), ("compare",), ("finetune",),
-    ("notebook_engine", "notebook_parameters", "notebooks"), ("cli_show", "doctoring", "cli", "progress", "__main__"),
+    ("notebook_engine", "notebook_parameters", "notebooks"), ("commands", "doctoring", "cli", "progress", "__main__"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS, 1) for room in rooms}
 

@@ -39,7 +39,7 @@ class Emulator:
     def __init__(self, weather: Weather, *, now: Callable[[], dt.datetime] | None = None) -> None:
         self.weather = weather
         self._now = now or (lambda: dt.datetime.now(dt.UTC))
-        self._began = self._now()
+        self.began = self._now()
         self._answers = Answers(weather)
         self._asked: Counter[str] = Counter()
         self._recent: deque[float] = deque()
@@ -169,6 +169,8 @@ class Emulator:
             if body.get("stream"):
                 return await _Stream(weather, draw, answer, arrived, headers).send(request)
             return await self._whole(request, draw, answer, arrived, headers)
+        except ConnectionResetError:  # the client has gone: nothing is left to say, nor to log
+            raise asyncio.CancelledError from None
         finally:
             self._in_flight -= 1
 
@@ -180,7 +182,7 @@ class Emulator:
         if limit is not None:
             while self._recent and self._recent[0] <= now - 60:
                 self._recent.popleft()
-            if len(self._recent) >= int(limit * self.weather.quota_left(self._began, self._now())):
+            if len(self._recent) >= int(limit * self.weather.quota_left(self.began, self._now())):
                 return max(0.1, self._recent[0] + 60 - now) if self._recent else 60.0
             self._recent.append(now)
         return None
@@ -188,7 +190,7 @@ class Emulator:
     def _refused(self, body: dict[str, Any]) -> tuple[str, str] | None:
         """Outcome and words of what this provider refuses whatever the weather's draw says."""
         weather = self.weather
-        if weather.quota_left(self._began, self._now()) == 0:
+        if weather.quota_left(self.began, self._now()) == 0:
             return "retired", ""
         if weather.balance is not None and weather.balance <= 0:
             return "no_balance", ""
@@ -215,7 +217,7 @@ class Emulator:
     def _quota(self, wait_s: float | None) -> dict[str, str]:
         limit = self.weather.requests_per_minute
         if limit is not None:  # as it is granted now, which may be less than before
-            limit = float(int(limit * self.weather.quota_left(self._began, self._now())))
+            limit = float(int(limit * self.weather.quota_left(self.began, self._now())))
         left = 0.0 if limit is None else max(0.0, limit - len(self._recent))
         return dialects.quota_headers(self.weather, limit, left, wait_s)
 

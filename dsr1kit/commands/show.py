@@ -94,6 +94,31 @@ class _Out(Console):
         raise BrokenPipeError("the reader has left")
 
 
+def month_table(summary: Mapping[str, Mapping[str, Any]], claims: Sequence[Mapping[str, str]]) -> None:
+    """The rehearsed month: one line a policy, then the article's claims."""
+    from rich.table import Table
+
+    titles = ("policy", "answered %", "hours down a month", "p99 s", "calls a request", "USD per 1,000", "requests/min")
+    table = Table(*titles, box=None, header_style="bold", pad_edge=False)
+    for name, row in summary.items():
+        spans = [
+            f"{scale * row[key]['value']:{form}} ({scale * row[key]['low']:{form}}–{scale * row[key]['high']:{form}})"
+            for key, scale, form in (
+                ("availability", 100, ".2f"),
+                ("hours_down", 1, ".2f"),
+                ("total_s_p99", 1, ".0f"),
+                ("amplification", 1, ".2f"),
+                ("cost_per_1000", 1, ".2f"),
+            )
+        ]
+        table.add_row(name, *spans, f"{row['throughput_per_minute']:.0f}")
+    out = _out(150)
+    out.print(Text("Emulated providers on a virtual clock; intervals are 95 % over the months."))
+    out.print(table)
+    for claim in claims:
+        out.print(Text(f"claim: {claim['claim']}: {claim['holds']}; measured: {claim['measured']}"), soft_wrap=True)
+
+
 def _out(width: int | None = None) -> Console:
     out = _Out(highlight=False)
     if width is not None and not out.is_terminal:

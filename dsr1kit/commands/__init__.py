@@ -1,0 +1,1 @@
+"""The commands of `dsr1kit`, by what they are for; cli.py runs them."""
