@@ -419,3 +419,26 @@ def test_a_key_the_server_echoes_is_in_no_output_and_no_file(tmp_path: Path, ech
     assert outputs[0].stdout.count("[redacted]") == 3
     assert "Your header is Bearer [redacted] and mine [redacted] \\boxed{1}" in outputs[0].stdout
     assert "[redacted]" in texts["records.jsonl"]
+
+
+def test_nginx_writes_a_template_without_keys(tmp_path: Path) -> None:
+    named = tmp_path / "r1.conf.template"
+    done = dsr1kit(
+        "nginx", "--channels", "openrouter, siliconflow", "--out", named,
+        OPENROUTER_API_KEY=SECRET, SILICONFLOW_API_KEY=SHAPED,
+    )  # fmt: skip
+    assert done.stdout == ""
+    assert "first lines say how" in done.stderr
+    text = named.read_text()
+    assert "${OPENROUTER_API_KEY}" in text
+    assert SECRET not in text + done.stderr
+    assert SHAPED not in text + done.stderr
+    assert dsr1kit("nginx", "--channels", "openrouter,siliconflow").stdout == text
+
+
+def test_nginx_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    assert "did you mean 'openrouter'" in refused("nginx", "--channels", "openruter")
+    assert "bedrock" in refused("nginx", "--channels", "openrouter,bedrock")
+    assert "r1.conf.template" in refused("nginx", "--channels", "openrouter", "--out", tmp_path / "r1.conf")
+    missing = tmp_path / "no" / "r1.conf.template"
+    assert "cannot be written" in refused("nginx", "--channels", "openrouter", "--out", missing)
