@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsr1kit.access.channels import Channel
-from dsr1kit.access.doctor import Diagnosis, diagnose
+from dsr1kit.access.doctor import diagnose
+from dsr1kit.access.findings import Diagnosis
 from dsr1kit.access.probe import Conformance
 from dsr1kit.backends import EMULATED, is_local, open_backend
 from dsr1kit.emulator.weather import load_weather

@@ -27,7 +27,8 @@ from scripted import (
 )
 
 from dsr1kit.access.channels import Channel
-from dsr1kit.access.doctor import USABLE, diagnose
+from dsr1kit.access.doctor import diagnose
+from dsr1kit.access.findings import USABLE
 from dsr1kit.access.prices import Price, Tariff
 from dsr1kit.emulator.channel import channel_of
 from dsr1kit.emulator.server import Emulator

@@ -19,94 +19,27 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from dsr1kit import identity
 from dsr1kit.access import outcomes
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import EMULATED_HEADER, ChannelClient
 from dsr1kit.access.fetch import Fetched
+from dsr1kit.access.findings import LONGEST, USABLE, Diagnosis, State, Step, plain
 from dsr1kit.access.pool import Pool
 from dsr1kit.access.quota import Quota
 from dsr1kit.access.reach import why_unreachable
 from dsr1kit.errors import UsageError
-from dsr1kit.keys import redact
 from dsr1kit.records import BUSY, Message, Outcome, Reply, Sampling
 
-State = Literal["pass", "warn", "fail", "skip"]
-#: Outcomes of the small question that show a working channel.
-USABLE = frozenset({Outcome.OK, Outcome.TRUNCATED})
 QUESTION: list[Message] = [{"role": "user", "content": "What is 12 + 30?"}]
 SMALL_LIMIT = 128  # tokens of the small question's answer: R1 is usually cut inside its thinking, which will do
 
 _EXPIRES_SOON = dt.timedelta(days=14)
 _TRACE_S = 30.0
-_LONGEST, _LONGEST_ROUTE = 600, 6000  # characters of a finding: a far side may say megabytes
+_LONGEST_ROUTE = 6000  # characters of a route
 _MOST_NAMES = 10_000  # of a list of models, in which the nearest is looked for
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One finding of an examination.
-
-    Attributes:
-        name: what was looked at: retirement, key, tariff, proxy, address, dns, tcp, tls, http, balance, model,
-            route, question, identity, quota.
-        state: pass; warn (works, but look at it); fail (the cause); skip (not to be had here).
-        said: what was found, in a sentence.
-        seconds: how long it took.
-    """
-
-    name: str
-    state: State
-    said: str
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What an examination found.
-
-    Attributes:
-        outcome: what asking this channel gives, or would give; `ok` and `truncated` mean that it works.
-        detail: the cause, and what to do next.
-        reply: that of the small question; None: it did not come to that.
-        cost: of the small question, in `currency`; None: nothing asked, or price unknown.
-        emulated: the kit's own emulator answered.
-    """
-
-    channel: str
-    model: str
-    outcome: Outcome
-    detail: str
-    steps: tuple[Step, ...]
-    reply: Reply | None = None
-    cost: float | None = None
-    currency: str | None = None
-    emulated: bool = False
-
-    @property
-    def usable(self) -> bool:
-        """Whether the channel answers."""
-        return self.outcome in USABLE
-
-    def to_json(self) -> dict[str, Any]:
-        """As one JSON object."""
-        reply = self.reply
-        return {
-            "channel": self.channel,
-            "model": self.model,
-            "usable": self.usable,
-            "outcome": self.outcome.value,
-            "detail": self.detail,
-            "steps": [{"name": s.name, "state": s.state, "said": s.said, "seconds": s.seconds} for s in self.steps],
-            "model_served": None if reply is None or reply.model_served is None else plain(reply.model_served),
-            "first_token_s": None if reply is None else reply.timing.first_token_s,
-            "total_s": None if reply is None else reply.timing.total_s,
-            "cost": self.cost,
-            "currency": self.currency,
-            "emulated": self.emulated,
-        }
 
 
 async def diagnose(
@@ -167,7 +100,7 @@ class _Examination:
             self.channel.name,
             self.channel.model,
             outcome,
-            plain(detail, 2 * _LONGEST),
+            plain(detail, 2 * LONGEST),
             tuple(self.steps),
             reply,
             cost,
@@ -440,12 +373,6 @@ class _Examination:
         if outcome is Outcome.UNKNOWN_MODEL and (seen := next((s for s in self.steps if s.name == "model"), None)):
             detail += f" ({seen.said})"
         return outcome, detail
-
-
-def plain(text: str, most: int = _LONGEST, keep: str = "") -> str:
-    """What can be shown of a text: no keys, no control characters or halves of one, not without end."""
-    text = "".join(c if c.isprintable() or c in keep else " " for c in redact(text))
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _is_address(host: str) -> bool:

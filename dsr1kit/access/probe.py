@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import ChannelClient
-from dsr1kit.access.doctor import USABLE, plain
+from dsr1kit.access.findings import USABLE, plain
 from dsr1kit.access.stream import estimate_tokens
 from dsr1kit.errors import UsageError
 from dsr1kit.records import Message, Outcome, Reply, Sampling

@@ -12,7 +12,7 @@ from dsr1kit.access.overview import price_text
 from dsr1kit.keys import redact
 
 if TYPE_CHECKING:
-    from dsr1kit.access.doctor import Diagnosis, Step
+    from dsr1kit.access.findings import Diagnosis, Step
     from dsr1kit.access.probe import Check, Conformance
 
 _SIGNS = {"pass": ("ok", "green"), "warn": ("look", "yellow"), "fail": ("FAIL", "bold red"), "skip": ("-", "dim"),
