@@ -106,7 +106,7 @@ class Members:
     ) -> Member:
         channel = channel_of(backend)
         weight = weights.get(backend.name, channel.weight if channel else 1.0)
-        if not weight >= 0 or math.isinf(weight):
+        if not isinstance(weight, int | float) or not weight >= 0 or math.isinf(weight):
             raise UsageError(f"weight of {backend.name} must be at least 0, not {weight!r}")
         backup = backend.name in backups if backups is not None else bool(channel and channel.backup)
         price = channel.price if channel else Price(0.0, 0.0)

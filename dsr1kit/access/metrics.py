@@ -127,7 +127,7 @@ class Metrics:
             for key, one in value.items() if isinstance(value, dict) else (("", value),):
                 shown = {"p50": "0.5", "p99": "0.99"}.get(key, key)
                 tag = f'{{{label}="{_escaped(shown)}"}}' if key else ""
-                lines.append(f"{full}{tag} {'NaN' if one is None else repr(float(one))}")
+                lines.append(f"{full}{tag} {_number(one)}")
         return "\n".join(lines) + "\n"
 
     def rows(self) -> list[tuple[str, str, float]]:
@@ -161,6 +161,15 @@ def _percentiles(values: deque[float]) -> tuple[float | None, float | None]:
         return None, None
     ordered = sorted(values)
     return ordered[int(0.5 * (len(ordered) - 1))], ordered[math.ceil(0.99 * (len(ordered) - 1))]
+
+
+def _number(value: float | None) -> str:
+    """As the format spells it: NaN, +Inf, -Inf."""
+    if value is None or math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return repr(float(value))
 
 
 def _escaped(text: str) -> str:

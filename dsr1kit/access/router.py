@@ -85,7 +85,7 @@ class Router:
         now: Callable[[], dt.datetime] | None = None,
     ) -> None:
         for limit, value in (("deadline_s", deadline_s), ("first_token_s", first_token_s), ("stall_s", stall_s)):
-            if not value > 0 or math.isnan(value):
+            if not isinstance(value, int | float) or not value > 0:
                 raise UsageError(f"{limit} must be above 0 seconds, not {value!r}")
         self.name = name
         self.metrics = Metrics()
@@ -118,9 +118,11 @@ class Router:
         self.metrics.circuits = self.circuits
         self._waits = wait_exponential(multiplier=0.05, max=2.0)
         self._stack: AsyncExitStack | None = None
-        self._changed: set[asyncio.Future[None]] = set()
+        self._changed: dict[asyncio.Future[None], None] = {}  # in the order in which they came
 
     async def __aenter__(self) -> Self:
+        if self._stack is not None:
+            raise UsageError(f"the router {self.name!r} is open already")
         async with AsyncExitStack() as stack:
             for member in self._members.all:
                 if isinstance(member.backend, Channel):
@@ -227,14 +229,14 @@ class Router:
         if at >= request.deadline and not probing:
             return False
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changed.add(changed)
+        self._changed[changed] = None
         try:
             async with asyncio.timeout(max(0.0, min(at, request.deadline) - now) + 0.001):
                 await changed
         except TimeoutError:
             pass
         finally:
-            self._changed.discard(changed)
+            del self._changed[changed]
         return self._time() < request.deadline
 
     # What is said.
@@ -295,7 +297,11 @@ class Router:
         parts = []
         for member in self._members.all:
             channel = channel_of(member.backend)
-            told = (channel.base_urls, channel.model, channel.reasoning) if channel else (getattr(member.backend, "cache_scope", ""),)
+            told = (
+                (channel.base_urls, channel.model, channel.reasoning)
+                if channel
+                else (getattr(member.backend, "cache_scope", ""),)
+            )
             parts.append(repr((member.name, *told)))
         return "router over " + ", ".join(sorted(parts))
 
