@@ -104,6 +104,12 @@ class ReplyCache:
         self._flights: dict[str, asyncio.Future[Reply | None]] = {}
         self._troubled: dict[str, float] = {}  # reading, writing: not to be tried before this loop.time()
 
+    @property
+    def channel(self) -> Channel | None:
+        """The catalogue entry behind it, where there is one: its region and price are those of what answers."""
+        source = self._source if isinstance(self._source, Channel) else getattr(self._source, "channel", None)
+        return source if isinstance(source, Channel) else None
+
     async def __aenter__(self) -> Self:
         if self._backend is not None:
             raise UsageError(f"the cache before {self.name!r} is open already")

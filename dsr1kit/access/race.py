@@ -10,6 +10,7 @@ import asyncio
 import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from dsr1kit.access.circuit import RetryBudget
 from dsr1kit.access.members import Member, Members
@@ -56,6 +57,7 @@ class _Lane:
         probe: whether it is the one that a half-open circuit lets pass.
         given_up: nobody waits for it any more; what it still says or shows is void.
         number: of its first Delta.
+        said: what it showed, once it has won; all that there is of it when the deadline passes.
     """
 
     member: Member
@@ -67,6 +69,7 @@ class _Lane:
     given_up: bool = False
     first_at: float | None = None
     number: int = 0
+    said: list[Delta] = field(default_factory=list)
     reply: Reply | None = None
 
 
@@ -102,6 +105,10 @@ class Request:
         """Have the race look again."""
         if self.wake is not None and not self.wake.done():
             self.wake.set_result(None)
+
+    def text(self, kind: Literal["reasoning", "answer"]) -> str:
+        """What the winner of the last race showed of its reasoning or answer."""
+        return "".join(d.text for d in self.winner.said if d.kind == kind) if self.winner is not None else ""
 
     @property
     def hedge_won(self) -> bool:
@@ -224,7 +231,10 @@ class Racer:
                     lane.number = request.shown + 1
                     if request.calls > 1:  # there may be others to cancel
                         request.stir()
-            if request.on_delta is not None and request.winner is lane:
+            if request.winner is not lane:
+                return
+            lane.said.append(delta)
+            if request.on_delta is not None:
                 request.shown = number = lane.number + delta.attempt
                 request.on_delta(delta if number == delta.attempt else replace(delta, attempt=number))
 

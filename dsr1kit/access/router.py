@@ -246,7 +246,9 @@ class Router:
         return replace(reply, attempts=tuple(request.attempts))
 
     def _late(self, request: Request) -> Reply:
-        return self._own(request, Outcome.DEADLINE, f"no whole answer in {self._deadline_s:g} s")
+        """The deadline has passed: with whatever text had come by then."""
+        reply = self._own(request, Outcome.DEADLINE, f"no whole answer in {self._deadline_s:g} s")
+        return replace(reply, reasoning=request.text("reasoning"), answer=request.text("answer"))
 
     def _own(self, request: Request, outcome: Outcome, fact: str) -> Reply:
         reasons = "; ".join(f"{name}: {reply.outcome.value}" for name, reply in request.failed[-6:])
@@ -258,7 +260,9 @@ class Router:
             timing=Timing(total_s=self._time() - request.due),
             due_at=time.time() - (self._time() - request.due),
             attempts=tuple(request.attempts),
-            emulated=any(reply.emulated for _, reply in request.failed),
+            # What was called and did not answer in time has not said that it is emulated.
+            emulated=any(reply.emulated for _, reply in request.failed)
+            or any(m.emulated for m in self._members.all if m.name in {a.channel for a in request.attempts}),
         )
 
     def _nothing_open(self, request: Request) -> Reply:
