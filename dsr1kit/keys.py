@@ -92,6 +92,11 @@ def secret_values() -> list[str]:
     return sorted((v for v in values | _used if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
+def secret_name(name: str) -> bool:
+    """Whether a name speaks of a secret: API_KEY, token, sig."""
+    return _SECRET_NAME.search(name) is not None or name.lower() in ("sig", "signature", "auth", "pwd")
+
+
 def looks_secret(text: str) -> bool:
     """Whether some of `text` has the shape of a key, whoever's it is."""
     return _SECRET_SHAPES.search(text) is not None

@@ -1078,3 +1078,23 @@ def test_a_channel_that_cannot_be_opened_leaves_no_store_open(tmp_path, monkeypa
     with pytest.raises(MissingKey):
         asyncio.run(cache.__aenter__())
     assert cache._store._db is None
+
+
+def test_no_key_that_a_far_side_says_back_lies_on_the_disk(tmp_path, monkeypatch):
+    secret = "sk-abcdefgh12345678ABCD"  # noqa: S105 - a made-up value that must not lie there
+    monkeypatch.setenv("FOO_API_KEY", secret)
+    path = tmp_path / "cache.sqlite"
+
+    async def inside():
+        async with (
+            Scripted(lambda request: answer(f"you sent {secret}", served=f"r1 {secret}")) as server,
+            cached(server.channel(api_key_env="FOO_API_KEY"), path) as r1,
+        ):
+            assert (await r1.ask(question())).outcome == "ok"
+            return await r1.ask(question())
+
+    again = asyncio.run(inside())
+    assert again.from_cache
+    assert again.answer == "you sent [redacted]"
+    assert path.stat().st_mode & 0o077 == 0
+    assert all(secret.encode() not in file.read_bytes() for file in tmp_path.iterdir())

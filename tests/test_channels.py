@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 
 import pytest
@@ -223,3 +224,27 @@ def test_an_own_tariff_goes_over_the_shipped_one_field_by_field(load):
 def test_a_tariff_without_a_factor_is_refused(load):
     with pytest.raises(ConfigError, match=r"tariff.t\] factor: is missing"):
         load("[tariff.t]\nhours = [[1, 2]]\n")
+
+
+@pytest.mark.parametrize("query", ["key=sekretq999", "api-version=1&token=sekretq999", "x=sk-0123456789abcdefABCDEF"])
+def test_a_key_in_a_urls_query_is_refused_and_not_shown(load, query):
+    with pytest.raises(ConfigError, match="holds a key in its query") as caught:
+        load(f'[channel.mine]\nbase_url = "https://h.example/v1?{query}"\nmodel = "m"\n')
+    assert "sekret" not in str(caught.value)
+    assert "sk-0" not in str(caught.value)
+
+
+def test_a_query_that_holds_no_key_stays(load):
+    mine = load('[channel.mine]\nbase_url = "https://h.example/v1?api-version=2025-01-01"\nmodel = "m"\n')["mine"]
+    assert mine.base_urls == ("https://h.example/v1?api-version=2025-01-01",)
+
+
+def test_a_retired_channel_asks_for_no_key(load, monkeypatch):
+    monkeypatch.delenv("MY_RETIRED_KEY", raising=False)
+    mine = load(MINE + 'api_key_env = "MY_RETIRED_KEY"\nretires = 2025-01-01\n')["mine"]
+
+    async def ask():
+        async with mine.open() as r1:
+            return await r1.ask([{"role": "user", "content": "?"}])
+
+    assert asyncio.run(ask()).outcome == "retired"

@@ -372,7 +372,7 @@ def test_the_summary_has_the_keys_of_a_comparison_and_those_of_a_watch(day):
 
     told = json.loads(text, parse_constant=no_constant)
     assert told == json.loads(json.dumps(day.summary))
-    assert set(told) == {"channels", "pairs", "verdict", "run", "every_s", "timezone", "by_hour", "peak"}
+    assert set(told) == {"channels", "pairs", "verdict", "run", "every_s", "timezone", "moments", "by_hour", "peak"}
     assert {
         "n", "outcomes", "accuracy", "availability", "promise", "models_served", "substitutions", "first_token_s",
         "first_answer_s", "total_s", "tokens_per_s", "cost_total", "cost_per_right", "currency", "emulated",
@@ -499,3 +499,25 @@ def test_an_emulated_channel_is_served_for_the_length_of_the_watch(tmp_path):
     assert (told["n"], told["emulated"], told["outcomes"]) == (6, True, {"ok": 6})
     assert told["cost_total"] > 0
     assert done.report.exists()
+
+
+def test_missed_moments_are_told(tmp_path):
+    """A watch that was not running for a while says so, and asks nothing for a time that is over."""
+    from dsr1kit.compare.rehearsal import JumpingClock
+
+    begin = dt.datetime(2026, 11, 23, tzinfo=dt.UTC)
+    weather = load_weather("scripted")
+
+    async def run(clock, for_s):
+        async with Emulator(weather, now=clock.now).listen() as url:
+            channel = channel_of(weather, url, "mine", begin)
+            settings = WatchSettings(channels=("mine",), every_s=60.0, for_s=for_s)
+            return await watch(settings, tmp_path, channels={"mine": channel}, clock=clock, sleep=clock.sleep)
+
+    first = asyncio.run(run(JumpingClock(begin), 180.0))
+    assert first.summary["moments"] == {"asked": 3, "missed": 0}
+    later = asyncio.run(run(JumpingClock(begin + dt.timedelta(seconds=300)), 480.0))
+    assert later.summary["moments"] == {"asked": 6, "missed": 2}
+    assert "2 of 8 moments were missed" in later.summary["verdict"][-1]
+    over = asyncio.run(run(JumpingClock(begin + dt.timedelta(days=1)), 480.0))
+    assert over.summary["moments"] == {"asked": 6, "missed": 2}

@@ -292,8 +292,8 @@ def _again(reply: Reply, due: float, on_delta: OnDelta | None, extra: dict[str, 
 
 def _pack(reply: Reply) -> bytes:
     entry = {name: getattr(reply, name) for name in (*_TEXTS, *_TEXTS_OR_NONE, "http_status", "emulated")}
-    entry["detail"] = keys.redact(reply.detail)
-    return json.dumps({"format": _FORMAT, **entry, "usage": asdict(reply.usage)}).encode()
+    # A far side may say back the key that it was sent; no key lies on a disk.
+    return json.dumps({"format": _FORMAT, **keys.redact_texts(entry), "usage": asdict(reply.usage)}).encode()
 
 
 def _unpack(data: bytes) -> Reply | None:

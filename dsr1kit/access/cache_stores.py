@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +154,9 @@ class SqliteStore:
     # In the thread.
     def _connect(self, wait_s: float) -> sqlite3.Connection:
         if self._db is None:
+            if str(self._path) != ":memory:":  # made for its owner alone: answers are their own affair
+                with contextlib.suppress(OSError):
+                    os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
             db = sqlite3.connect(self._path, timeout=wait_s, isolation_level=None, check_same_thread=False)
             try:
                 db.execute("PRAGMA synchronous=NORMAL")

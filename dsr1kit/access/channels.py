@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from dsr1kit.access.prices import Price, Tariff, read_holidays, read_price, read_tariff
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ConfigError, UnknownName
-from dsr1kit.keys import find_key, looks_secret
+from dsr1kit.keys import find_key, looks_secret, secret_name
 from dsr1kit.paths import data_dir
 from dsr1kit.records import ReasoningMode
 
@@ -322,7 +322,9 @@ def _check_url(table: Table, key: str, url: str, schemes: tuple[str, ...], *, lo
         raise table.error(key, f"expected a URL that begins with {wanted} and names a host")
     if not url.isascii() or any(c.isspace() or not c.isprintable() for c in url):
         raise table.error(key, "must be plain ASCII without spaces (percent-encode; xn-- for other hosts)")
-    if parts.fragment:
+    if any(secret_name(name) or looks_secret(value) for name, value in parse_qsl(parts.query)):
+        raise table.error(key, "holds a key in its query; put it into a variable and name that in api_key_env")
+    if parts.fragment or url.endswith("#"):
         raise table.error(key, "must not have a fragment (#...)")
     return url.rstrip("/")
 

@@ -92,7 +92,7 @@ class ChannelClient:
         channel = self.channel
         if channel.protocol == "bedrock-converse" and channel.api_key_env:
             self._key = keys.find_key(channel.api_key_env)  # AWS keys do as well
-        elif channel.api_key_env:
+        elif channel.api_key_env and not channel.retired_on():  # nobody needs a key for what is gone
             self._key = keys.require_key(channel.api_key_env, self.name)
         self.wire: Wire = wire_for(channel, self._key)
         self._pools = [Pool(url, proxy=channel.proxy, connect_s=self._connect_s) for url in channel.base_urls]

@@ -46,6 +46,7 @@ class Member:
     turn: float = 0.0
     mean_cost: float | None = None
     asker: Any = None
+    said_emulated: bool = False
 
     def answered(self, well: bool) -> None:
         """A call ended, answered or by the channel's fault."""
@@ -59,7 +60,7 @@ class Member:
     def emulated(self) -> bool:
         """Whether the kit's own emulator serves it."""
         channel = channel_of(self.backend)
-        return channel is not None and channel.emulated
+        return self.said_emulated or (channel is not None and channel.emulated)
 
 
 class Members:
@@ -82,8 +83,13 @@ class Members:
         rng: random.Random,
         now: Callable[[], dt.datetime],
     ) -> None:
+        if isinstance(backends, str | Channel) or hasattr(backends, "ask"):
+            raise UsageError("a router takes a list of Channels or open Backends: Router([a, b])")
         if not backends:
             raise UsageError("a router needs at least one backend")
+        for backend in backends:
+            if not isinstance(backend, Channel) and not hasattr(backend, "ask"):
+                raise UsageError(f"{backend!r:.60} is neither a Channel nor a Backend: load_channels()[name] gives one")
         for setting, names in (("regions", regions), ("backups", backups)):
             if isinstance(names, str):  # of which each letter would count
                 raise UsageError(f"{setting} must be a list of names, such as [{names!r}]")

@@ -60,7 +60,8 @@ _ADVICE = {
     Outcome.RETIRED: "the provider no longer serves this model; use another channel or run your own",
     Outcome.BAD_REQUEST: "the provider refused the request itself; its words say why",
     Outcome.UNREACHABLE: "no connection; check the network, the proxy and base_url",
-    Outcome.DEADLINE: "the caller's deadline passed before the answer was complete",
+    Outcome.DEADLINE: "the caller's deadline passed before the answer was complete; raise it, lower max_tokens, "
+    "or use a faster channel",
     Outcome.OVER_BUDGET: "not asked: the cost limit was reached; raise --max-cost to go on",
     Outcome.CANCELLED: "cancelled by the caller",
 }

@@ -43,6 +43,7 @@ def overview(
                 "peak_price": price is not None and c.peak is not None and c.peak.peak(now),
                 "cheaper_from": later,
                 "tariff": c.tariff or None,
+                "holidays_known": c.peak is None or c.peak.holidays_known(now),
                 "context": c.context,
                 "max_output": c.max_output,
                 "retires": c.retires,

@@ -255,6 +255,7 @@ class Racer:
 
     def _learn(self, request: Request, lane: _Lane, reply: Reply) -> None:
         member, now = lane.member, self._time()
+        member.said_emulated = member.said_emulated or reply.emulated
         if len(reply.attempts) > 1:  # a router's
             request.attempts += reply.attempts
             request.calls += len(reply.attempts) - 1

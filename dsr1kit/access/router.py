@@ -248,7 +248,11 @@ class Router:
     def _late(self, request: Request) -> Reply:
         """The deadline has passed: with whatever text had come by then."""
         reply = self._own(request, Outcome.DEADLINE, f"no whole answer in {self._deadline_s:g} s")
-        return replace(reply, reasoning=request.text("reasoning"), answer=request.text("answer"))
+        winner = request.winner
+        first = None if winner is None or winner.first_at is None else winner.first_at - request.due
+        timing = replace(reply.timing, first_token_s=first)
+        reasoning, answer = request.text("reasoning"), request.text("answer")
+        return replace(reply, timing=timing, reasoning=reasoning, answer=answer)
 
     def _own(self, request: Request, outcome: Outcome, fact: str) -> Reply:
         reasons = "; ".join(f"{name}: {reply.outcome.value}" for name, reply in request.failed[-6:])

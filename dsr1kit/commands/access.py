@@ -51,6 +51,9 @@ def channels(
     for row in rows:
         if row["warning"]:
             print(f"dsr1kit: {row['warning']}", file=sys.stderr)
+        if not row["holidays_known"]:
+            print(f"dsr1kit: {row['name']}: this year's public holidays are not in the data; on one of them its price "
+                  "may be lower", file=sys.stderr)  # fmt: skip
 
 
 @app.command()

@@ -24,7 +24,7 @@ def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    titles = ("channel", "status", "key", "in/out per 1M now", "context", "retires", "region", "model")
+    titles = ("channel", "status", "key", "in/out per 1M now", "context", "retires", "region", "family", "model")
     cells = [
         (
             row["name"],
@@ -34,6 +34,7 @@ def channel_table(rows: Sequence[Mapping[str, Any]]) -> None:
             "" if row["context"] is None else f"{row['context']:,}",
             f"{row['retires']:%Y-%m-%d}" if row["retires"] else "",
             row["region"],
+            row["family"],
             row["model"],
         )
         for row in rows
@@ -111,7 +112,7 @@ def month_table(summary: Mapping[str, Mapping[str, Any]], claims: Sequence[Mappi
                 ("cost_per_1000", 1, ".2f"),
             )
         ]
-        table.add_row(name, *spans, f"{row['throughput_per_minute']:.0f}")
+        table.add_row(name, *spans, f"{row['throughput_per_minute']['value']:.0f}")
     out = _out(150)
     out.print(Text("Emulated providers on a virtual clock; intervals are 95 % over the months."))
     out.print(table)

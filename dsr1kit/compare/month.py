@@ -291,7 +291,9 @@ def rehearse_month(
                 on_progress(name, seed + 1, settings.seeds)
         out[name] = summarize_month(months)
     for name in POLICIES:
-        out[name]["throughput_per_minute"] = throughput(name, settings)
+        rates = [throughput(name, settings, seed=seed) for seed in range(settings.seeds)]
+        out[name]["throughput_per_minute"] = _over(rates, 0.0)
+        out[name]["emulated"] = True
         if on_progress is not None:
             on_progress("throughput", list(POLICIES).index(name) + 1, len(POLICIES))
     return out
@@ -331,7 +333,9 @@ def _over(values: Sequence[float], low: float = -math.inf, high: float = math.in
     return {"value": mean, "low": max(low, mean - half), "high": min(high, mean + half)}
 
 
-def throughput(policy: str, settings: MonthSettings, *, wanted: float = 0.98, minutes: float = 15.0) -> float:
+def throughput(
+    policy: str, settings: MonthSettings, *, seed: int = 0, wanted: float = 0.98, minutes: float = 10.0
+) -> float:
     """Requests a minute that a policy carries with at least `wanted` of them answered, without outages.
 
     The default is what one channel alone can reach, which tells one request in a hundred that it is busy.
@@ -341,32 +345,35 @@ def throughput(policy: str, settings: MonthSettings, *, wanted: float = 0.98, mi
     calm = replace(settings, deadline_s=60.0)
     for _ in range(7):
         rate = math.sqrt(low * high)
-        played = play(policy, 0, int(rate * minutes), calm, length_s=60.0 * minutes, outages=False)
+        played = play(policy, seed, int(rate * minutes), calm, length_s=60.0 * minutes, outages=False)
         low, high = (rate, high) if played.share >= wanted else (low, rate)
     return math.sqrt(low * high)
 
 
 def claims(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The article's claims beside what was measured, as rows."""
+    """The article's claims beside what was measured, as rows; all of it on emulated providers."""
     one, router = summary["one channel"], summary["router"]
-    ratio = router["throughput_per_minute"] / one["throughput_per_minute"]
+    more, alone_carries = router["throughput_per_minute"], one["throughput_per_minute"]
+    # The widest that both intervals allow.
+    bounds = (("value", "value"), ("low", "high"), ("high", "low"))
+    ratio, least, most = (more[a] / max(1e-9, alone_carries[b]) for a, b in bounds)
     share, down, alone = router["availability"], router["hours_down"], one["hours_down"]
     return [
         {
             "claim": "availability 99.9 %",
-            "measured": f"{share['value']:.3%} ({share['low']:.3%} to {share['high']:.3%})",
+            "measured": f"emulated: {share['value']:.3%} ({share['low']:.3%} to {share['high']:.3%})",
             "holds": _holds(share["low"] >= 0.999, share["high"] < 0.999),
         },
         {
-            "claim": "downtime from 12.7 to 0.3 hours a month",
-            "measured": f"from {alone['value']:.1f} ({alone['low']:.1f} to {alone['high']:.1f}) to "
-            f"{down['value']:.2f} ({down['low']:.2f} to {down['high']:.2f})",
+            "claim": "downtime of 0.3 hours a month, from 12.7",
+            "measured": f"emulated: {down['value']:.2f} ({down['low']:.2f} to {down['high']:.2f}), "
+            f"from {alone['value']:.1f} ({alone['low']:.1f} to {alone['high']:.1f})",
             "holds": _holds(down["high"] <= 0.3, down["low"] > 0.3),
         },
         {
             "claim": "3.8 times the throughput",
-            "measured": f"{ratio:.1f} times, both with 98 % answered",
-            "holds": _holds(ratio >= 3.8, ratio < 3.8),
+            "measured": f"emulated: {ratio:.1f} times ({least:.1f} to {most:.1f}), both with 98 % answered",
+            "holds": _holds(least >= 3.8, most < 3.8),
         },
     ]
 

@@ -156,12 +156,12 @@ def _moments(rng: random.Random, rate: float, seconds: float) -> list[float]:
 
 
 def shares(asked: Sequence[Asked], who: str) -> dict[str, float]:
-    """Of one asker: share answered, p99 of the answers in seconds, upstream calls a question."""
+    """Of one asker: share answered, p99 of the answers that came in seconds, upstream calls a question."""
     mine = [a for a in asked if a.who == who]
     well = sorted(a.total_s for a in mine if a.outcome == Outcome.OK.value)
     return {
         "questions": len(mine),
         "answered": len(well) / max(1, len(mine)),
-        "p99_s": well[min(len(well) - 1, int(0.99 * len(well)))] if well else float("nan"),
+        "p99_s_of_answers": well[min(len(well) - 1, int(0.99 * len(well)))] if well else float("nan"),
         "calls_per_question": sum(a.calls for a in mine) / max(1, len(mine)),
     }

@@ -21,7 +21,8 @@ def outage(played: Outage) -> Figure:
     figure = Figure(figsize=(8.6, 5.0), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     names = [name for name, *_ in PROVIDERS]
-    for axes, who, title in zip(panels, ("alone", "router"), ("one channel alone", "router over five"), strict=True):
+    titles = ("one channel alone (emulated)", "router over five (emulated)")
+    for axes, who, title in zip(panels, ("alone", "router"), titles, strict=True):
         mine = [a for a in played.asked if a.who == who]
         for number, name in enumerate(names):
             points = [(a.at_s, a.total_s) for a in mine if a.answered_by == name]
@@ -33,12 +34,12 @@ def outage(played: Outage) -> Figure:
             axes.scatter(*zip(*lost, strict=True), s=22, color="black", marker="x", label="not answered")
         axes.axvspan(*played.down, color="#E69F00", alpha=0.15, linewidth=0)
         axes.set_yscale("log")
-        axes.set_ylabel("seconds")
+        axes.set_ylabel("time to the end (s)")
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
         axes.grid(alpha=0.25)
-    panels[1].set_xlabel("seconds; shaded: the channel `official` is down (503, then queued, then silent)")
+    panels[1].set_xlabel("seconds from the beginning; shaded: `official` is down (503, then queued, then silent)")
     handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -74,6 +75,7 @@ def month(summary: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_xlim(0, axes.get_xlim()[1] * 1.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    figure.suptitle("emulated providers on a virtual clock", fontsize=10)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure

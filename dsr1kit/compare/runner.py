@@ -135,7 +135,7 @@ async def run_comparison(
     clocks: dict[str, Any] = {k: getattr(settings, k) for k in ("first_token_s", "stall_s", "deadline_s")}
     backends = {name: open_backend(name, catalogue, **clocks) for name in settings.channels}
     for name in settings.channels:
-        if name in catalogue and catalogue[name].api_key_env:
+        if name in catalogue and catalogue[name].api_key_env and not catalogue[name].retired_on():
             require_key(catalogue[name].api_key_env, name)
         if is_local(name):
             locate(name.removeprefix(LOCAL).partition("@")[0])

@@ -51,7 +51,8 @@ class WatchSettings:
     Attributes:
         channels: catalogue names and `emulated:FILE`.
         every_s: seconds from one question to the next.
-        for_s: how long, from the first question in the folder.
+        for_s: how long, from the first question in the folder, by the clock on the wall: moments at which nothing
+            was running are missed.
         peak_hours, timezone: the hours whose latency is set against that of the others.
         first_token_s, stall_s: limits of each question, in seconds.
     """
@@ -134,8 +135,10 @@ async def watch(
         done = {sample for channel, _, sample in journal.done() if channel == settings.channels[-1]}
         drawn_at = time.monotonic()
         async with AsyncExitStack() as stack:
-            emulated = await _start_emulators(settings, catalogue, stack)
-            began = _began(journal.read(), settings.every_s, clock())
+            known = journal.read()
+            over = bool(known) and clock() >= _began(known, settings.every_s, 0.0) + settings.ticks * settings.every_s
+            emulated = {} if over else await _start_emulators(settings, catalogue, stack)
+            began = _began(known, settings.every_s, clock())
             for tick in range(settings.ticks):
                 due = began + tick * settings.every_s
                 if tick in done or clock() >= due + settings.every_s:
@@ -266,11 +269,15 @@ def finish_watch(folder: str | Path) -> Watched:
     summary: dict[str, Any] = summarize(alone, names, run.get("promises")) | {
         "run": run["run"],
         "every_s": identity["every_s"],
+        "moments": _moments(records),
         "timezone": zone,
         "by_hour": {name: by_hour(rs, zone) for name, rs in mine.items()},
         "peak": {name: peak_ratio(rs, spans, zone) for name, rs in mine.items()},
     }
     summary["verdict"] = [_verdict(name, summary, spans) for name in names]
+    if missed := summary["moments"]["missed"]:
+        whole = summary["moments"]["asked"] + missed
+        summary["verdict"].append(f"{missed} of {whole} moments were missed: nothing was running then.")
     paths = {"summary": folder / "summary.json", "report": folder / "report.html"}
     rendered = report.fill("watch.html.j2", **_shown(run, summary, spans))
     try:
@@ -279,6 +286,12 @@ def finish_watch(folder: str | Path) -> Watched:
     except OSError as error:
         raise RunError(f"{error.filename} cannot be written ({error.strerror}); the records are whole") from None
     return Watched(folder, folder / "records.jsonl", paths["summary"], paths["report"], summary)
+
+
+def _moments(records: Sequence[Record]) -> dict[str, int]:
+    """How many moments were asked at, and how many before the last of them were missed."""
+    asked = {r["sample"] for r in records}
+    return {"asked": len(asked), "missed": max(asked) + 1 - len(asked) if asked else 0}
 
 
 def _verdict(name: str, summary: Mapping[str, Any], spans: Spans) -> str:
