@@ -183,3 +183,5 @@ def test_an_outage_played_live_takes_down_one_channel_and_not_the_router():
     by = {a.answered_by for a in played.asked if a.who == "alone"}
     assert by <= {"official", ""}
     assert router_figures.outage(played).get_axes()
+    assert len(router_figures.metrics(played).get_axes()) == 6
+    assert max(told["open_circuits"] for _, told in played.watched) >= 1

@@ -60,12 +60,14 @@ class Outage:
 
     Attributes:
         down: (begin, end) of the outage, in seconds from the beginning.
-        metrics: the router's own.
+        metrics: the router's own, at the end.
+        watched: (seconds from the beginning, the twelve metrics then), twice a second.
     """
 
     asked: tuple[Asked, ...]
     down: tuple[float, float]
     metrics: Metrics
+    watched: tuple[tuple[float, dict[str, Any]], ...]
 
 
 async def play_outage(
@@ -101,12 +103,23 @@ async def play_outage(
         alone = await stack.enter_async_context(channels[0].open(deadline_s=deadline_s, **clocks))
         router = Router(channels, deadline_s=deadline_s, rng=random.Random(seed), **clocks)
         await stack.enter_async_context(router)
-        weathers = asyncio.create_task(_change(emulators[0], down))
+        watched: list[tuple[float, dict[str, Any]]] = []
+        beside = [asyncio.create_task(w) for w in (_change(emulators[0], down), _watch(router.metrics, watched))]
         try:
             asked = await _drive({"alone": alone, "router": router}, seconds, rate, seed, on_progress)
         finally:
-            weathers.cancel()
-        return Outage(tuple(asked), down, router.metrics)
+            for task in beside:
+                task.cancel()
+        return Outage(tuple(asked), down, router.metrics, tuple(watched))
+
+
+async def _watch(metrics: Metrics, watched: list[tuple[float, dict[str, Any]]]) -> None:
+    """Take the metrics twice a second."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while True:
+        await asyncio.sleep(0.5)
+        watched.append((loop.time() - began, metrics.snapshot()))
 
 
 async def _change(emulator: Emulator, down: tuple[float, float]) -> None:

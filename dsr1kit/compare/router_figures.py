@@ -48,6 +48,35 @@ def outage(played: Outage) -> Figure:
     return figure
 
 
+def metrics(played: Outage) -> Figure:
+    """Six of the router's twelve metrics through the outage, from its beginning on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    wanted: tuple[tuple[str, str | None, str], ...] = (
+        ("requests_per_s", None, "requests ended a second"),
+        ("success_share", None, "share answered"),
+        ("first_token_s", "p99", "first token, p99 (s)"),
+        ("in_flight", None, "requests under way"),
+        ("open_circuits", None, "open circuits"),
+        ("amplification", None, "upstream calls a request"),
+    )
+    panels = figure.subplots(2, 3, sharex=True).flat
+    for number, (axes, (name, part, label)) in enumerate(zip(panels, wanted, strict=True)):
+        points = [(at, told[name] if part is None else told[name][part]) for at, told in played.watched]
+        known = [(at, value) for at, value in points if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=COLOURS[number % len(COLOURS)], linewidth=1.6)
+        axes.axvspan(*played.down, color="#E69F00", alpha=0.15, linewidth=0)
+        axes.set_title(label, fontsize=9, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+    figure.supxlabel("seconds from the beginning; emulated providers, `official` is down where shaded", fontsize=9)
+    return figure
+
+
 def month(summary: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Hours down, p99, upstream calls and throughput of each policy, with 95 % intervals over the months."""
     from matplotlib.figure import Figure
