@@ -21,21 +21,6 @@ LAST_READ = dt.date(2026, 11, 23)
 DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 
 
-@pytest.fixture(autouse=True)
-def _no_own_file(monkeypatch):
-    monkeypatch.delenv("DSR1KIT_CHANNELS", raising=False)
-
-
-@pytest.fixture
-def load(tmp_path):
-    def write_and_load(text):
-        path = tmp_path / "my.toml"
-        path.write_text(text, encoding="utf-8")
-        return load_channels(path)
-
-    return write_and_load
-
-
 def place(url, key, model, *, family="r1", reasoning="auto", price=None, context=None, out=None, retires=None,
           region="", fill_in=(), rpm=None, tpm=None, flight=None, tariff="", balance=""):  # fmt: skip
     """What is known of a place; what is not known is absent."""

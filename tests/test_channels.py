@@ -16,21 +16,6 @@ from dsr1kit.records import Usage
 MINE = '[channel.mine]\nbase_url = "http://127.0.0.1:8000/v1"\nmodel = "r1"\n'
 
 
-@pytest.fixture(autouse=True)
-def _no_own_file(monkeypatch):
-    monkeypatch.delenv("DSR1KIT_CHANNELS", raising=False)
-
-
-@pytest.fixture
-def load(tmp_path):
-    def write_and_load(text):
-        path = tmp_path / "my.toml"
-        path.write_text(text, encoding="utf-8")
-        return load_channels(path)
-
-    return write_and_load
-
-
 def test_the_shipped_catalogue_loads_and_says_where_its_facts_come_from():
     channels = load_channels()
     assert "deepseek" in channels

@@ -21,21 +21,6 @@ MINUTE = dt.timedelta(minutes=1)
 MINE = '[channel.mine]\nbase_url = "http://h.example/v1"\nmodel = "m"\nprice = {input = 1, output = 2}\n'
 
 
-@pytest.fixture(autouse=True)
-def _no_own_file(monkeypatch):
-    monkeypatch.delenv("DSR1KIT_CHANNELS", raising=False)
-
-
-@pytest.fixture
-def load(tmp_path):
-    def write_and_load(text):
-        path = tmp_path / "my.toml"
-        path.write_text(text, encoding="utf-8")
-        return load_channels(path)
-
-    return write_and_load
-
-
 @pytest.fixture(scope="module")
 def deepseek():
     return load_channels()["deepseek"]
