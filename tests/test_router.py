@@ -1373,3 +1373,17 @@ def test_a_cache_before_a_channel_keeps_its_region_and_price(tmp_path):
     with pytest.raises(UsageError, match="max_price"):
         Router([cached], max_price=5.0)
     assert Router([cached], regions=("us",), max_price=9.0)
+
+
+@virtual
+async def test_calls_that_all_hang_are_replaced_when_they_count_as_lost():
+    """Three lanes were full of calls that hung, and the deadline passed although a fourth would have answered."""
+    only = Fake("a", hangs(), hangs(), hangs(), answers(0.1, 0.1))
+    other = Fake("b", fails(Outcome.UNAUTHORIZED))
+    began = now()
+    async with Router([only, other], deadline_s=8.0, hedging=Hedging(cold_s=0.1)) as router:
+        reply = await router.ask(MESSAGES)
+        assert reply.outcome == "ok"
+        assert now() - began < 4.5  # at half of the eight seconds, and a little
+        await settled(router)
+    assert only.asked == 4

@@ -25,7 +25,8 @@ NOT_THE_CHANNELS = frozenset(
     {Outcome.BAD_REQUEST, Outcome.FILTERED, Outcome.DEADLINE, Outcome.OVER_BUDGET, Outcome.CANCELLED}
 )
 _MOST_LANES = 3  # calls of one request at a time
-_MOST_CALLS = 6  # of one race, those that failed included
+_MOST_CALLS = 6  # of one race, those that failed included, rescues aside
+_LEAST_LEFT_S = 0.05  # before the deadline, for which a call is still worth it
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ class Racer:
         request.winner = None
         lanes = [self._start(request, member, 0.0)]
         hedge_at = self._hedge_at(lanes[0])
-        # Half of what is left is a long time for a first token: from then on a call counts as lost.
+        # Half of what is left is a long time for a first token: from then on a call counts as lost; and again half
+        # of what is left then, as long as that is worth it.
         rescue_at = (lanes[0].began + request.deadline) / 2
         late = False
         try:
@@ -173,15 +175,17 @@ class Racer:
                         return winner.reply
                     hedge_at = None
                 self._raise_errors(lanes)
-                if all(lane.reply is not None for lane in lanes):
-                    return lanes[-1].reply
+                if all(lane.reply is not None or lane.given_up for lane in lanes):
+                    return next(lane.reply for lane in reversed(lanes) if lane.reply is not None)
                 if (now := self._time()) >= request.deadline:
                     late = True
                     return None
                 # A hedge that has failed is replaced at once: the first call has been too long already.
                 if hedge_at is not None and (now >= hedge_at or (len(lanes) > 1 and lanes[-1].reply is not None)):
                     hedge = self._hedge(request, lanes, rescue=now >= rescue_at)
-                    hedge_at = self._next_hedge(lanes, hedge, rescue_at)
+                    if now >= rescue_at:
+                        rescue_at = (now + request.deadline) / 2
+                    hedge_at = self._next_hedge(request, hedge, rescue_at)
                     if hedge is not None:
                         lanes.append(hedge)
                         continue
@@ -309,11 +313,11 @@ class Racer:
             return None
         return lane.began + lane.member.first_tokens.hedge_after(self._cold_s, hedging.floor_s)
 
-    def _next_hedge(self, lanes: Sequence[_Lane], hedge: _Lane | None, rescue_at: float) -> float | None:
-        """When to look again; a hedge that was refused is tried once more when the call counts as lost."""
+    def _next_hedge(self, request: Request, hedge: _Lane | None, rescue_at: float) -> float | None:
+        """When to look again; a hedge that was refused is tried again when the calls count as lost."""
         if hedge is not None:
             return self._hedge_at(hedge)
-        return rescue_at if self._time() < rescue_at and len(lanes) < _MOST_CALLS else None
+        return rescue_at if request.deadline - rescue_at > _LEAST_LEFT_S else None
 
     def _hedge(self, request: Request, lanes: Sequence[_Lane], *, rescue: bool) -> _Lane | None:
         """Another call beside those under way, if share, money and budget have it; a rescue needs no share."""
@@ -323,8 +327,9 @@ class Racer:
         if hedging is None or (first and self._share_left < 1 and not rescue):
             return None
         now, pick = self._time(), self._members.pick
-        going = [lane.member.name for lane in lanes if lane.reply is None]
-        if len(going) >= _MOST_LANES or len(lanes) >= _MOST_CALLS:
+        under_way = [lane for lane in lanes if lane.reply is None and not lane.given_up]
+        going = [lane.member.name for lane in under_way]
+        if not rescue and (len(under_way) >= _MOST_LANES or len(lanes) >= _MOST_CALLS):
             return None
         # Best one that was not asked yet; then one that failed, which may do better now; then the same again, for
         # what hangs is often one request and not the channel; last one whose circuit is open.
@@ -339,6 +344,8 @@ class Racer:
             return None
         if first:
             self._share_left = max(0.0, self._share_left - 1)
+        if len(under_way) >= _MOST_LANES:  # a rescue takes the place of the oldest
+            self._give_up(request, under_way[0], lost=True)
         self._hedges_cost += cost
         request.taken = taken
         request.hedges += 1
