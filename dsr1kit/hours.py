@@ -62,6 +62,12 @@ def read_zone(t: Table, key: str = "timezone") -> str:
     return zone
 
 
+def as_moment(day: dt.date) -> dt.datetime:
+    """A date's beginning, or a date-time as it stands; UTC where it names no zone."""
+    moment = day if isinstance(day, dt.datetime) else dt.datetime.combine(day, dt.time())
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)
+
+
 def duration_s(text: str) -> float | None:
     """Seconds in a duration such as `1m30s`, `24h`, `6ms` or `1d`; None where it is none."""
     bare = text.strip().lower().replace(" ", "")

@@ -47,6 +47,8 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
 
 
+#: Outcomes that hold an answer to judge; one stopped by length counts too, as it stands.
+ANSWERED = frozenset({Outcome.OK, Outcome.TRUNCATED})
 #: Outcomes that mean "come back later", in the sense of the famous message.
 BUSY = frozenset({Outcome.THROTTLED, Outcome.OVERLOADED, Outcome.QUEUED, Outcome.STALLED})
 

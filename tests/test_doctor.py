@@ -28,14 +28,13 @@ from scripted import (
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.doctor import diagnose
-from dsr1kit.access.findings import USABLE
 from dsr1kit.access.prices import Price, Tariff
 from dsr1kit.emulator.channel import channel_of
 from dsr1kit.emulator.server import Emulator
 from dsr1kit.emulator.troubles import load_troubles, play
 from dsr1kit.emulator.weather import load_weather
 from dsr1kit.errors import UsageError
-from dsr1kit.records import Outcome
+from dsr1kit.records import ANSWERED, Outcome
 
 SECRET = "correct-horse-battery-staple-77"  # noqa: S105 - a made-up value that must not leak
 CLOCKS = {"first_token_s": 0.8, "stall_s": 0.5, "connect_s": 2.0}
@@ -125,7 +124,7 @@ def table():
 def test_the_doctor_names_every_trouble_by_its_outcome(table, name):
     found = table[name]
     assert found.outcome is TROUBLES[name].outcome, (found.detail, found.steps)
-    assert found.usable == (found.outcome in USABLE)
+    assert found.usable == (found.outcome in ANSWERED)
     assert found.detail
     assert found.emulated
     told = found.to_json()

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 from dsr1kit.access.prices import Price, Tariff, read_holidays, read_price, read_tariff
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ConfigError, UnknownName
+from dsr1kit.hours import as_moment
 from dsr1kit.keys import find_key, looks_secret, secret_name
 from dsr1kit.paths import data_dir
 from dsr1kit.records import ReasoningMode
@@ -105,12 +106,7 @@ class Channel:
 
     def retires_at(self) -> dt.datetime | None:
         """The moment from which the place no longer serves the model (UTC), where it is known."""
-        if self.retires is None:
-            return None
-        moment = self.retires
-        if not isinstance(moment, dt.datetime):
-            moment = dt.datetime(moment.year, moment.month, moment.day)
-        return moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)
+        return None if self.retires is None else as_moment(self.retires)
 
     def retired_on(self, now: dt.datetime | None = None) -> str:
         """The date on which the channel was retired, if that is past at `now` (UTC); else an empty string."""

@@ -27,12 +27,12 @@ from dsr1kit.access import outcomes
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import EMULATED_HEADER, ChannelClient
 from dsr1kit.access.fetch import Fetched
-from dsr1kit.access.findings import LONGEST, USABLE, Diagnosis, State, Step, plain
+from dsr1kit.access.findings import LONGEST, Diagnosis, State, Step, plain
 from dsr1kit.access.pool import Pool
 from dsr1kit.access.quota import Quota
 from dsr1kit.access.reach import why_unreachable
 from dsr1kit.errors import UsageError
-from dsr1kit.records import BUSY, Message, Outcome, Reply, Sampling
+from dsr1kit.records import ANSWERED, BUSY, Message, Outcome, Reply, Sampling
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 12 + 30?"}]
 SMALL_LIMIT = 128  # tokens of the small question's answer: R1 is usually cut inside its thinking, which will do
@@ -362,8 +362,8 @@ class _Examination:
         elif outcome is Outcome.OK:
             first = reply.timing.first_token_s
             detail = "works: answered in full" + ("" if first is None else f", first token after {first:.2f} s")
-        self._add("question", "pass" if outcome in USABLE else "fail", detail, took)
-        if outcome in USABLE:
+        self._add("question", "pass" if outcome in ANSWERED else "fail", detail, took)
+        if outcome in ANSWERED:
             other = identity.told(reply.model_requested, reply.model_served)
             self._add("identity", "warn" if other else "pass", other or reply.model_served or "no name in the answer")
         quota = reply.extra.get("quota")

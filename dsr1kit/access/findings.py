@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsr1kit.keys import redact
-from dsr1kit.records import Outcome, Reply
+from dsr1kit.records import ANSWERED, Outcome, Reply
 
 State = Literal["pass", "warn", "fail", "skip"]
-#: Outcomes of a small question that show a working channel.
-USABLE = frozenset({Outcome.OK, Outcome.TRUNCATED})
 LONGEST = 600  # characters of a finding: a far side may say megabytes
 
 
@@ -60,7 +58,7 @@ class Diagnosis:
     @property
     def usable(self) -> bool:
         """Whether the channel answers."""
-        return self.outcome in USABLE
+        return self.outcome in ANSWERED
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""

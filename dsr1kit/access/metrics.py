@@ -10,7 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dsr1kit.records import BUSY, Outcome, Reply
+from dsr1kit.records import ANSWERED, BUSY, Outcome, Reply
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ class Metrics:
             self.outcomes[Outcome.CANCELLED.value] += 1
             return
         self.outcomes[reply.outcome.value] += 1
-        if reply.outcome in (Outcome.OK, Outcome.TRUNCATED):
+        if reply.outcome in ANSWERED:
             self.answered += 1
         elif reply.outcome in BUSY:
             self.busy[reply.outcome.value] += 1

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from dsr1kit.config import Table
 from dsr1kit.errors import UnknownName
-from dsr1kit.hours import Spans, read_hours, read_zone, within
+from dsr1kit.hours import Spans, as_moment, read_hours, read_zone, within
 from dsr1kit.records import Usage
 
 _LOOK_AHEAD_DAYS = 21  # longer than any run of holidays, or of working days
@@ -156,10 +156,6 @@ def read_tariff(t: Table, name: str, holidays: Mapping[str, frozenset[dt.date]])
     if calendar and calendar not in holidays:
         raise t.error("holidays", str(UnknownName("calendar", calendar, holidays)))
     since = t.date("since")
-    if since is not None and not isinstance(since, dt.datetime):
-        since = dt.datetime.combine(since, dt.time())
-    if since is not None and since.tzinfo is None:
-        since = since.replace(tzinfo=dt.UTC)
     days = holidays.get(calendar, frozenset())
     factor = t.number("factor")
     if factor is None:
@@ -172,7 +168,7 @@ def read_tariff(t: Table, name: str, holidays: Mapping[str, frozenset[dt.date]])
         weekdays_only=t.text("days", "all", choices=("all", "weekdays")) == "weekdays",
         holidays=days,
         holiday_years=frozenset(day.year for day in days),
-        since=since,
+        since=None if since is None else as_moment(since),
         source=t.text("source"),
         as_of=t.date("as_of"),
     )

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.access.client import ChannelClient
-from dsr1kit.access.findings import USABLE, plain
+from dsr1kit.access.findings import plain
 from dsr1kit.access.stream import estimate_tokens
 from dsr1kit.errors import UsageError
-from dsr1kit.records import Message, Outcome, Reply, Sampling
+from dsr1kit.records import ANSWERED, Message, Outcome, Reply, Sampling
 
 Verdict = Literal["pass", "fail", "unknown"]
 
@@ -129,7 +129,7 @@ class _Examiner:
 
     async def run(self, ceiling_tokens: int) -> None:
         hard = await self._ask(_HARD, max_tokens=2048)
-        if hard.outcome not in USABLE:
+        if hard.outcome not in ANSWERED:
             why = f"the first question ended as {hard.outcome.value}: {hard.detail}"
             for name in (
                 "thinks",
@@ -178,7 +178,7 @@ class _Examiner:
 
     async def _easy(self, thinks: bool) -> None:
         replies = await asyncio.gather(*(self._ask(text, max_tokens=_THINKING_TOKENS) for text in _EASY))
-        answered = [(text, r) for text, r in zip(_EASY, replies, strict=True) if r.outcome in USABLE]
+        answered = [(text, r) for text, r in zip(_EASY, replies, strict=True) if r.outcome in ANSWERED]
         bypassed = [text for text, r in answered if not _thought(r)]
         told = f"{len(answered) - len(bypassed)} of {len(answered)} easy prompts were thought about"
         if not answered:
@@ -196,7 +196,7 @@ class _Examiner:
             asked = (
                 self._ask(_OPEN, temperature=temperature, top_p=1.0, max_tokens=_SHORT_TOKENS) for _ in range(_DRAWS)
             )
-            texts = [r.reasoning + r.answer for r in await asyncio.gather(*asked) if r.outcome in USABLE]
+            texts = [r.reasoning + r.answer for r in await asyncio.gather(*asked) if r.outcome in ANSWERED]
             if len(texts) < 2:
                 self._settle("temperature", "unknown", f"fewer than two of {_DRAWS} draws at {temperature:g} succeeded")
                 return
@@ -218,7 +218,7 @@ class _Examiner:
         reply = await self._ask("What is 2 + 3?", system=_SYSTEM, max_tokens=2048)
         if reply.outcome is Outcome.BAD_REQUEST:
             self._settle("system_prompt", "fail", f"refused: {reply.detail}")
-        elif reply.outcome not in USABLE:
+        elif reply.outcome not in ANSWERED:
             self._settle("system_prompt", "unknown", f"{reply.outcome.value}: {reply.detail}")
         elif "kiwi" in reply.answer.lower():
             self._settle("system_prompt", "pass", "accepted, and followed")

@@ -17,9 +17,8 @@ from dsr1kit.access.members import Member, Members
 from dsr1kit.access.metrics import Metrics
 from dsr1kit.access.quota import Quota
 from dsr1kit.access.stream import estimate_tokens
-from dsr1kit.records import Attempt, Delta, Message, OnDelta, Outcome, Reply, Sampling
+from dsr1kit.records import ANSWERED, Attempt, Delta, Message, OnDelta, Outcome, Reply, Sampling
 
-ANSWERED = frozenset({Outcome.OK, Outcome.TRUNCATED})
 #: The request's own fault, or the caller's: no other channel would do better, and no circuit learns from it.
 NOT_THE_CHANNELS = frozenset(
     {Outcome.BAD_REQUEST, Outcome.FILTERED, Outcome.DEADLINE, Outcome.OVER_BUDGET, Outcome.CANCELLED}

@@ -25,9 +25,10 @@ from dsr1kit.access.channels import Channel
 from dsr1kit.access.circuit import LASTING, CircuitSettings, RetryBudget
 from dsr1kit.access.members import Members, channel_of
 from dsr1kit.access.metrics import Metrics
-from dsr1kit.access.race import ANSWERED, NOT_THE_CHANNELS, Hedging, Racer, Request
+from dsr1kit.access.race import NOT_THE_CHANNELS, Hedging, Racer, Request
 from dsr1kit.errors import UsageError
 from dsr1kit.records import (
+    ANSWERED,
     R1_SAMPLING,
     Backend,
     Message,

@@ -14,6 +14,7 @@ import numpy as np
 
 from dsr1kit.access.channels import Channel
 from dsr1kit.compare.figures import COLOURS
+from dsr1kit.hours import as_moment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,9 +117,7 @@ def retirements(channels: Mapping[str, Channel], now: dt.datetime) -> Figure:
 
 def _days(moment: dt.date) -> float:
     """Matplotlib's unit of dates: days since the beginning of 1970, in UTC."""
-    if not isinstance(moment, dt.datetime):
-        moment = dt.datetime.combine(moment, dt.time(), dt.UTC)
-    return moment.timestamp() / 86400
+    return as_moment(moment).timestamp() / 86400
 
 
 def confusion(truth: Sequence[str], named: Sequence[str]) -> Figure:

@@ -24,12 +24,11 @@ from dsr1kit.access.quota import Quota
 from dsr1kit.access.router import Router
 from dsr1kit.emulator.virtual import Climate, VirtualChannel, VirtualLoop, draw_outages
 from dsr1kit.errors import UsageError
-from dsr1kit.records import Message, Outcome, Reply
+from dsr1kit.records import ANSWERED, Message, Outcome, Reply
 
 MONTH_S = 30 * 86400.0
 MONTH_HOURS = MONTH_S / 3600.0
 _MESSAGES: list[Message] = [{"role": "user", "content": "What is 12 + 30?"}]
-_WELL = (Outcome.OK, Outcome.TRUNCATED)
 
 #: The article's layout: three weighted channels and two backups. Prices are those of places in the catalogue.
 CHANNELS = (
@@ -92,7 +91,7 @@ class Retries:
         """Ask up to three times."""
         for attempt in range(3):
             reply = await self._channel.ask(messages)
-            if reply.outcome in _WELL or attempt == 2:
+            if reply.outcome in ANSWERED or attempt == 2:
                 break
             quota = reply.extra.get("quota")
             told = quota.retry_after_s if isinstance(quota, Quota) else None
@@ -119,7 +118,7 @@ class Weights:
                 break
             tried.append(server)
             reply = await server.channel.ask(messages)
-            if reply.outcome in _WELL:
+            if reply.outcome in ANSWERED:
                 break
             server.fail(asyncio.get_running_loop().time())
         return reply or Reply(Outcome.OVERLOADED, "no live upstreams", emulated=True)
@@ -258,7 +257,7 @@ async def _play(
         began = loop.time()
         reply = await asker.ask(_MESSAGES)
         took = loop.time() - began
-        if reply.outcome in _WELL and took <= settings.deadline_s:
+        if reply.outcome in ANSWERED and took <= settings.deadline_s:
             totals.append(took)
             price = prices.get(reply.channel)
             cost += (price.cost(reply.usage) or 0.0) if price else 0.0

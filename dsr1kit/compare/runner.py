@@ -32,7 +32,7 @@ from dsr1kit.compare.tasks import Item, load_task
 from dsr1kit.errors import ModelError, RunError, UsageError
 from dsr1kit.keys import require_key
 from dsr1kit.local.load import locate
-from dsr1kit.records import Attempt, Backend, Message, Outcome, Reply, Sampling, Verdict
+from dsr1kit.records import ANSWERED, Attempt, Backend, Message, Outcome, Reply, Sampling, Verdict
 
 #: What runs may report while they go: (stage, done, total); stages are `prepare`, `hosted` and `local`.
 OnProgress = Callable[[str, int, int], None]
@@ -375,7 +375,7 @@ def to_record(reply: Reply, channel: str, item: Item, sample: int, price: Price 
 
 def verdict_of(reply: Reply, item: Item) -> Verdict:
     """Judge a reply; one that is neither whole nor stopped by length says nothing about quality."""
-    if reply.outcome not in (Outcome.OK, Outcome.TRUNCATED):
+    if reply.outcome not in ANSWERED:
         return "unscored"
     # A number at which a limit cut the text off may be half a number, or a step of the thinking.
     return score_number(reply.answer, item.gold, boxed_only=reply.outcome is Outcome.TRUNCATED)

@@ -14,10 +14,9 @@ from typing import Any
 
 from dsr1kit.compare.stats import Interval, clustered_share, median_interval, paired_difference, percentiles
 from dsr1kit.identity import told
+from dsr1kit.records import ANSWERED
 
 Record = Mapping[str, Any]
-#: Outcomes that count as answered.
-ANSWERED = ("ok", "truncated")
 
 
 def summarize(

@@ -26,12 +26,12 @@ from dsr1kit.compare import figures, report
 from dsr1kit.compare.journal import Journal, read_records
 from dsr1kit.compare.runner import to_record
 from dsr1kit.compare.stats import clustered_share, median_interval, median_ratio
-from dsr1kit.compare.summary import ANSWERED, Record, name_of, summarize, timed
+from dsr1kit.compare.summary import Record, name_of, summarize, timed
 from dsr1kit.compare.tasks import Item
 from dsr1kit.errors import RunError, UsageError
 from dsr1kit.hours import Spans, within
 from dsr1kit.keys import require_key
-from dsr1kit.records import Backend, Reply, Sampling
+from dsr1kit.records import ANSWERED, Backend, Reply, Sampling
 
 #: The hours in which "server busy" was at its worst, by the article that the kit began from: 3.2 times slower.
 PEAK_HOURS: Spans = ((10.0, 12.0), (15.0, 17.0))

@@ -20,7 +20,7 @@ from dsr1kit.access.channels import WireProtocol
 from dsr1kit.access.prices import Price, read_price
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ConfigError, UnknownName
-from dsr1kit.hours import Spans, read_hours, read_zone, within
+from dsr1kit.hours import Spans, as_moment, read_hours, read_zone, within
 from dsr1kit.paths import data_dir
 from dsr1kit.records import Outcome
 
@@ -278,14 +278,14 @@ def _limits(t: Table) -> dict[str, Any]:
 
 def _retirement(t: Table) -> dict[str, Any]:
     at = t.date("at")
-    if at is not None and not isinstance(at, dt.datetime):
-        at = dt.datetime.combine(at, dt.time())
-    if at is not None and at.tzinfo is None:
-        at = at.replace(tzinfo=dt.UTC)
     if (at is None) == (not t.has("in_s")):
         raise t.error("at", "give either at (a date) or in_s (seconds after the start), and not both")
     shrinks_s = t.number("shrinks_s", 30 * 86400.0, low=1e-3)
-    return {"retires_at": at, "retires_in_s": t.number("in_s", high=_FAR_S), "shrinks_s": shrinks_s}
+    return {
+        "retires_at": None if at is None else as_moment(at),
+        "retires_in_s": t.number("in_s", high=_FAR_S),
+        "shrinks_s": shrinks_s,
+    }
 
 
 def _how(t: Table) -> dict[str, Any]:
