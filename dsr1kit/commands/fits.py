@@ -1,0 +1,134 @@
+"""The command that says which R1 runs on a machine: a table, a recommendation, the command to run it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsr1kit.commands.shared import AsJson, app, err, print_json
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from dsr1kit.local.fits import Fit
+    from dsr1kit.local.hardware import Hardware
+
+# Signs beside the colours: a table is read in black and white, too.
+_SIGNS = {"fits": ("+", "green"), "tight": ("~", "yellow"), "no": ("-", "dim")}
+
+
+@app.command()
+def fits(
+    model: Annotated[str | None, typer.Argument(help="Such as 7b, a hub id or a folder; none: all of R1.")] = None,
+    on: Annotated[str | None, typer.Option(help="A machine by name, as t4 or cpu-16gb; default: this one.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of prompt and completion, or of a training row.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Requests, or training rows, at once.")] = 1,
+    for_: Annotated[str, typer.Option("--for", help="inference, qlora or lora.")] = "inference",
+    as_json: AsJson = False,
+) -> None:
+    """Which R1 fits this machine, or a named one: GiB a precision, the one to run, and how.
+
+    + fits, ~ fits with less than a tenth of the memory left, - does not. Computed from the models' shapes; nothing is
+    downloaded. Exit 1 when the MODEL named fits in no precision.
+    """
+    from dsr1kit.local.fits import advise, best, plan, precisions_for, recommend
+    from dsr1kit.local.hardware import look
+    from dsr1kit.local.machines import find_hardware
+    from dsr1kit.local.memory import available
+
+    at = find_hardware(on) if on else look()
+    found = plan(at, context=context, batch=batch, purpose=for_, model=model)
+    chosen = best(found, at)
+    runs = [fit for fit in found if fit.state != "no"]
+    if model:
+        pick = chosen or (runs[0] if runs else None)
+        advice = "" if pick else advise(
+            model, at, precision=found[-1].precision, context=context, batch=batch, purpose=for_
+        )  # fmt: skip
+        value, reason = (f"{pick.model} {pick.precision}", pick.note) if pick else ("", advice)
+    else:
+        pick, (value, reason) = chosen, recommend(at, context=context, batch=batch, purpose=for_)
+    lines = [] if model and pick is None else _commands(pick, at, context, for_)
+    if as_json:
+        print_json({
+            "hardware": {**asdict(at), "cpu_features": sorted(at.cpu_features), "available_bytes": available(at)},
+            "context": context, "batch": batch, "purpose": for_, "fits": [fit.as_dict() for fit in found],
+            "recommended": {"value": value, "reason": reason, "commands": lines},
+        })  # fmt: skip
+    else:
+        _show(found, at, precisions_for(at, for_), model is not None)
+        if value:
+            print(f"\nrun first: {value}" + (f": {reason}" if reason else ""))
+        for line in lines:
+            print(f"  {line}")
+    if model and not runs:
+        if not as_json:
+            err.print(f"dsr1kit: {reason}", markup=False)
+        raise SystemExit(1)
+
+
+def _show(found: list[Fit], at: Hardware, precisions: tuple[str, ...], one: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from dsr1kit.commands.show import _out
+    from dsr1kit.local.memory import GIB, available
+
+    many = f" and {len(at.gpus) - 1} more" if at.gpus[1:] else ""
+    name = at.cpu if at.name or not at.gpus else f"{at.gpus[0].name}{many}"
+    console = _out(110)
+    console.print(Text(f"{name or 'this computer'}: {available(at) / GIB:.1f} GiB free"), soft_wrap=True)
+    if one:
+        parts = list(dict.fromkeys(name for fit in found for name, _ in fit.need.parts()))
+        table = Table("precision", *(part.replace("_", " ") for part in parts), "total GiB", "longest context",
+                      "at most tokens/s", box=None, header_style="bold", pad_edge=False)  # fmt: skip
+        for fit in found:
+            sizes = dict(fit.need.parts())
+            rate = f"{fit.tokens_per_s_bound:.0f}" if fit.tokens_per_s_bound else ""
+            cells = [Text(f"{sizes.get(part, 0) / GIB:.2f}") for part in parts]
+            table.add_row(fit.precision, *cells, _cell(fit), f"{fit.longest_context:,}", rate)
+    else:
+        table = Table("model", *precisions, box=None, header_style="bold", pad_edge=False)
+        by_model: dict[str, dict[str, Fit]] = {}
+        for fit in found:
+            by_model.setdefault(fit.model, {})[fit.precision] = fit
+        for name, row in by_model.items():
+            table.add_row(name, *(_cell(row[kind]) if kind in row else Text("") for kind in precisions))
+    console.print(table)
+    console.print(Text("GiB needed; + fits, ~ tight, - does not fit"), style="dim")
+    for fit in found if one else ():
+        if fit.note:
+            console.print(Text(f"{fit.precision}: {fit.note}"), style="dim", soft_wrap=True)
+
+
+def _cell(fit: Fit) -> Text:
+    from rich.text import Text
+
+    from dsr1kit.local.memory import GIB
+
+    sign, style = _SIGNS[fit.state]
+    return Text(f"{sign} {fit.need.total / GIB:.1f}", style=style)
+
+
+def _commands(fit: Fit | None, at: Hardware, context: int, purpose: str) -> list[str]:
+    """What to type to run it; for fine-tuning only the download, whose trainer has its own page."""
+    if fit is None:
+        return ['dsr1kit ask --local tiny-r1 "What is 12 + 30?"']
+    shape = fit.shape
+    source = shape.hub_id
+    if shape.kind in ("embedded", "folder"):
+        fetch: list[str] = []
+    elif fit.precision == "q4_k_m" and shape.gguf:
+        fetch, source = [f"dsr1kit weights {shape.gguf} --file '*Q4_K_M*'"], "FILE.gguf"
+    else:
+        fetch = [f"dsr1kit weights {source}"]
+    if purpose != "inference":
+        return fetch
+    if fit.precision == "q4_k_m":
+        return [*fetch, f"dsr1kit serve {source} --engine llama.cpp --context {context}"]
+    if shape.latent or len(at.gpus) > 1:
+        return [*fetch, f"dsr1kit serve {source} --engine vllm --context {context}"]
+    bits = {"nf4": " --quantization 4bit", "8bit": " --quantization 8bit"}.get(fit.precision, "")
+    return [*fetch, f'dsr1kit ask --local {source}{bits} "How many primes are below 60?"']
