@@ -80,6 +80,10 @@ class Sampling:
         seed: makes draws repeatable where the far side honours it; None leaves it to the far side.
         max_thinking_tokens: close the thinking after this many tokens (where supported); None: no cap.
         sample: which of several independent draws of one question this is, counted from 0.
+        min_thinking_tokens: a local model that would close its thinking sooner is made to go on with "Wait,"
+            (budget forcing, arXiv 2501.19393); hosted channels have no such thing and are asked without it.
+        stop: the answer ends before the first of these strings; they are not looked for in the reasoning.
+            Hosted channels are handed them as they are.
     """
 
     temperature: float = 0.6
@@ -88,6 +92,8 @@ class Sampling:
     seed: int | None = None
     max_thinking_tokens: int | None = None
     sample: int = 0
+    min_thinking_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, wanted: str) -> None:
@@ -98,11 +104,14 @@ class Sampling:
         check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
         check("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1")
         check("seed", self.seed is None or _is_int(self.seed), "a whole number or None")
-        check(
-            "max_thinking_tokens",
-            self.max_thinking_tokens is None or (_is_int(self.max_thinking_tokens) and self.max_thinking_tokens >= 1),
-            "a whole number of at least 1, or None",
-        )
+        for name, value in (("max", self.max_thinking_tokens), ("min", self.min_thinking_tokens)):
+            ok = value is None or (_is_int(value) and value >= 1)
+            check(f"{name}_thinking_tokens", ok, "a whole number of at least 1, or None")
+        if self.max_thinking_tokens is not None and self.min_thinking_tokens is not None:
+            fits = self.min_thinking_tokens <= self.max_thinking_tokens
+            check("min_thinking_tokens", fits, f"at most max_thinking_tokens ({self.max_thinking_tokens})")
+        strings = isinstance(self.stop, tuple) and all(isinstance(word, str) and word for word in self.stop)
+        check("stop", strings, "a tuple of strings that are not empty")
         check("sample", _is_int(self.sample) and self.sample >= 0, "a whole number of at least 0")
 
     def draw_seed(self) -> int | None:

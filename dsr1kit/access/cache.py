@@ -252,8 +252,8 @@ def reply_key(
     return _digest([_FORMAT, list(endpoint), model, reasoning, said, drawn])
 
 
-def _number(value: float | None) -> float | None:
-    return int(value) if value is not None and value == int(value) else value  # 1 and 1.0 are equal, and one key
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value == int(value) else value  # 1 and 1.0: equal, and one key
 
 
 def _digest(value: Any) -> str:

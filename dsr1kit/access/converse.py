@@ -92,7 +92,7 @@ class BedrockConverse:
     def body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
         """The request's JSON body; `maxTokens` is clamped to the channel's `max_output`.
 
-        Left out: `seed` and `max_thinking_tokens`, which Converse does not have. A temperature above 1, Bedrock's
+        Left out: `seed` and the bounds on thinking, which Converse does not have. A temperature above 1, Bedrock's
         limit, is passed on: the service's refusal says more than a silent change would.
         """
         turns = [m for m in messages if m["role"] != "system"]
@@ -104,6 +104,8 @@ class BedrockConverse:
                 "topP": sampling.top_p,
             },
         }
+        if sampling.stop:
+            body["inferenceConfig"]["stopSequences"] = list(sampling.stop)
         if system := [{"text": m["content"]} for m in messages if m["role"] == "system"]:
             body["system"] = system
         return body

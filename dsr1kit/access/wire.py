@@ -68,6 +68,8 @@ class ChatCompletions:
             body["seed"] = seed
         if sampling.max_thinking_tokens is not None:
             body["thinking_budget"] = sampling.max_thinking_tokens
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
         return body
 
     def request(self, base_url: str, payload: bytes) -> tuple[str, dict[str, str]]:

@@ -351,13 +351,15 @@ def evaluate(
     from scipy.stats import binomtest
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dsr1kit.local.generate import generate_rows, marks_of
+    from dsr1kit.local.decode import Decoder, run_rows
+    from dsr1kit.local.rows import Row, marks_of
 
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
     model.eval()
-    marks, scores = marks_of(tokenizer, model), []
+    scores = []
+    decoder = Decoder(model, marks_of(tokenizer, model), int(model.config.max_position_embeddings))
     for kind in kinds:
         problems = sorted(generate(kind, "held_out", n, seed), key=lambda problem: len(problem.reasoning))
         right = 0
@@ -368,8 +370,12 @@ def evaluate(
             samplings = [
                 Sampling(temperature, top_p, max_tokens, seed=seed, sample=at + row) for row in range(len(part))
             ]
-            rows = generate_rows(model, marks, prompts, samplings, limits=[max_tokens] * len(part))
-            right += sum(boxed(str(tokenizer.decode(row))) == p.value for row, p in zip(rows, part, strict=True))
+            rows = [
+                Row(prompt, sampling, max_tokens, thinking=True, on_token=lambda _: False)
+                for prompt, sampling in zip(prompts, samplings, strict=True)
+            ]
+            run_rows(decoder, rows, batch_size)
+            right += sum(boxed(str(tokenizer.decode(row.made))) == p.value for row, p in zip(rows, part, strict=True))
         interval = binomtest(right, n).proportion_ci(method="wilson")
         scores.append(Score(kind, n, right, float(interval.low), float(interval.high)))
         if on_progress:

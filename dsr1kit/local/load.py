@@ -12,22 +12,25 @@ import logging
 import re
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsr1kit.errors import MissingExtra, ModelError, UnknownName, UsageError
+from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
+from dsr1kit.local.folder import unfinished
+from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dsr1kit.local.generate import Marks
+    from dsr1kit.local.rows import Marks
 
-Quantization = Literal["none", "8bit", "4bit"]
-QUANTIZATIONS = ("none", "8bit", "4bit")
+Quantization = Literal["none", "8bit", "4bit", "auto"]
+QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SMALL = 50_000_000  # parameters below which half precision saves nothing worth its rounding
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit": "8bit", "4bit": "nf4"}
+_PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class LoadedModel:
         device: where it runs, `cpu` or `cuda:0`.
         dtype: of the weights or, when quantized, of the products.
         dtype_reason: why this dtype.
+        quantization, quantization_reason: `none`, `8bit` or `4bit`, and why.
         load_s: seconds it took, imports included.
     """
 
@@ -52,7 +56,14 @@ class LoadedModel:
     device: str
     dtype: str
     dtype_reason: str
+    quantization: str
+    quantization_reason: str
     load_s: float
+
+    @property
+    def precision(self) -> str:
+        """The planner's name for what the weights are held in: `fp32`, `fp16`, `bf16`, `8bit` or `nf4`."""
+        return _PRECISIONS[self.dtype if self.quantization == "none" else self.quantization]
 
 
 def locate(source: str) -> tuple[str, str | None]:
@@ -70,55 +81,21 @@ def locate(source: str) -> tuple[str, str | None]:
             raise ModelError(f"there is no file {path}; download the GGUF first, then name its path")
         return str(path.parent), path.name
     if path.is_dir():
+        if not list(path.glob("*.safetensors")) and len(files := sorted(path.glob("*.gguf"))) == 1:
+            return locate(str(files[0]))
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
             raise ModelError(
                 f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles and "
                 "never loaded: convert them with save_pretrained() where you trust them"
             )
+        if told := unfinished(path):
+            raise ModelError(told)
         return str(path), None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
         return source, None
     if "/" in source:
         raise ModelError(f"there is no folder {path}; name a folder, a hub id (org/name) or a .gguf file")
     raise UnknownName("model", source, ["tiny-r1"], hint="(or a folder, a hub id org/name, a .gguf file)")
-
-
-def choose_dtype(parameters: int, device: str) -> tuple[str, str]:
-    """Return the dtype for a model of so many parameters on a device, and the reason for it."""
-    import torch
-
-    if device.startswith("cuda"):
-        # is_bf16_supported() alone also counts emulation, which is slow (T4).
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU multiplies bfloat16 natively"
-        return "float16", "the GPU has no native bfloat16 (compute capability below 8)"
-    if parameters < SMALL:
-        return "float32", "so small a model is bound by calls, not by memory: rounding would buy no speed"
-    if torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _cpu_flags():
-        return "bfloat16", "the processor multiplies bfloat16 (avx512_bf16)"
-    return "float32", "the processor has no bfloat16 products"
-
-
-@contextlib.contextmanager
-def threads_for(threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads in the block, for work begun by the calling thread; None: no change."""
-    import torch
-
-    before = torch.get_num_threads()
-    if threads is None or threads == before:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _cpu_flags() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text(errors="replace")
-    return ""
 
 
 def load(source: str, quantization: Quantization, device: str, dtype: str, threads: int | None) -> LoadedModel:
@@ -141,51 +118,38 @@ def load(source: str, quantization: Quantization, device: str, dtype: str, threa
 
 def _load_quietly(source: str, quantization: Quantization, device: str, dtype: str, started: float) -> LoadedModel:
     import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from dsr1kit.local.generate import marks_of
+    from dsr1kit.local.gguf import dequantized
+    from dsr1kit.local.rows import marks_of
 
-    bits_and_bytes: Any = transformers.BitsAndBytesConfig
     place, gguf = locate(source)
-    if gguf and quantization != "none":
+    if gguf and quantization not in ("none", "auto"):
         raise UsageError("a GGUF file has its own quantization: open it with quantization='none'")
-    if gguf and importlib.util.find_spec("gguf") is None:
-        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    if gguf:
+        place = str(dequantized(Path(place) / gguf))
     try:
         # trust_remote_code stays off whatever the environment says.
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         name, reason = choose_dtype(_parameters(config), device) if dtype == "auto" else (dtype, "asked for")
-        weights = getattr(torch, name)
-        if quantization == "8bit":
-            options["quantization_config"] = bits_and_bytes(load_in_8bit=True)
-        elif quantization == "4bit":
-            # The compute dtype's default is fp32, slow and silent on a GPU: always said.
-            options["quantization_config"] = bits_and_bytes(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weights
-            )
-        elif gguf:
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        else:
-            options["use_safetensors"] = True
+        bits, why = _fitting(source, config, "none" if gguf else quantization, name, device)
+        options = _quantized(bits, getattr(torch, name))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            place, trust_remote_code=False, dtype=weights, device_map={"": device}, **options
+            place,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, name),
+            device_map={"": device},
+            **options,
         )
         model.eval()
-        if quantization == "4bit" and device == "cpu":
+        if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"could not load {source} ({quantization}, {device}): {first}. Check the name, that it is "
-            "downloaded (with HF_HUB_OFFLINE set nothing is) and that it has safetensors weights"
-        ) from error
+        raise ModelError(_why_not(source, quantization, device, place, error)) from error
     if not tokenizer.chat_template:
         raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
@@ -199,7 +163,71 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         device,
         name,
         reason,
+        bits,
+        why,
         time.perf_counter() - started,
+    )
+
+
+def _quantized(quantization: str, compute: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs for a quantization."""
+    import transformers
+
+    bits_and_bytes: Any = transformers.BitsAndBytesConfig
+    if quantization == "8bit":
+        return {"quantization_config": bits_and_bytes(load_in_8bit=True)}
+    if quantization == "4bit":
+        # The compute dtype's default is fp32, slow and silent on a GPU: always said.
+        return {
+            "quantization_config": bits_and_bytes(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=compute,
+            )
+        }
+    return {}
+
+
+def _fitting(source: str, config: Any, quantization: str, dtype: str, device: str) -> tuple[str, str]:
+    """The quantization to load in and why; raises ModelError, with what would fit, where this one does not."""
+    from dsr1kit.local.fits import advise
+    from dsr1kit.local.memory import available, need
+    from dsr1kit.local.shapes import shape_of_config
+
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    try:
+        shape = shape_of_config(config.to_dict())
+    except Dsr1kitError:  # an architecture that the planner does not know: the loader will find out
+        return ("none", "not known to the planner") if quantization == "auto" else (quantization, "asked for")
+    here = look()
+    if kind == "cpu":
+        here = replace(here, gpus=())
+    context = min(_PLANNED_CONTEXT, int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 4096))
+    if quantization == "auto":
+        return choose_quantization(shape, here, context)
+    precision = _PRECISIONS[dtype if quantization == "none" else quantization]
+    if need(shape, precision=precision, context=context, device=kind).weights > available(here):
+        raise ModelError(f"{source} does not fit: {advise(shape, here, precision=precision, context=context)}")
+    return quantization, "asked for"
+
+
+def _why_not(source: str, quantization: str, device: str, place: str, error: Exception) -> str:
+    """What failed, the likely cause, and what mends it."""
+    lines = str(error).strip().splitlines()
+    first, text = (lines[0] if lines else type(error).__name__), str(error).lower()
+    head = f"could not load {source} ({quantization}, {device}): {first}"
+    if "gated repo" in text or "access to model" in text or "restricted" in text:
+        return f"{head}. Accept the licence on the model's page, then set HF_TOKEN to a token of that account"
+    if "is not a local folder and is not a valid model identifier" in text or "repository not found" in text:
+        return f"{head}. Check the spelling of the hub id; a private model also needs HF_TOKEN"
+    if "out of memory" in text or "can't allocate memory" in text:
+        return f"{head}. See what fits here: dsr1kit fits"
+    if Path(place).is_dir() and not list(Path(place).glob("tokenizer*")):
+        return f"{head}. {place} has no tokenizer (tokenizer.json): copy it from the model's page into the folder"
+    return (
+        f"{head}. Check the name, that it is downloaded (dsr1kit weights; with HF_HUB_OFFLINE set nothing is) and that "
+        "it has safetensors weights"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dsr1kit.records import Outcome, Reply, Sampling, Timing, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dsr1kit.local.load import LoadedModel
 
@@ -61,13 +61,19 @@ class Detokenizer:
 
 @dataclass(slots=True)
 class Text:
-    """What one row gave so far, as (kind, text, time) pieces and token counts; written by the worker."""
+    """What one row gave so far, as (kind, text, time) pieces and token counts; written by the worker.
+
+    Attributes:
+        opened: whether the prompt has opened the thinking.
+        ended, stopped: whether the end mark, or one of the strings that stop it, came.
+    """
 
     opened: bool
     pieces: list[tuple[Kind, str, float]] = field(default_factory=list)
     reasoning_tokens: int = 0
     answer_tokens: int = 0
     ended: bool = False
+    stopped: bool = False
 
     def text(self, kind: Kind) -> str:
         """Return all text of one kind."""
@@ -79,16 +85,18 @@ def read(
     text: Text,
     show: Callable[[Kind, str, float], Any],
     clock: Callable[[], float],
-) -> tuple[Callable[[int], None], Callable[[], None]]:
+    stop: Sequence[str] = (),
+) -> tuple[Callable[[int], bool], Callable[[], None]]:
     """Return (take one token, end): tokens become text, counted and split at the tags' ids, tags left out.
 
-    White space around the tags is no text, as where hosted replies are split.
+    White space around the tags is no text, as where hosted replies are split. Taking a token tells whether the
+    answer has reached one of the strings in `stop`; what might become one is held back until it is known.
     """
     marks = loaded.marks
     kind: Kind = "reasoning" if text.opened else "answer"
     decoder, begun, held = Detokenizer(loaded.tokenizer), False, ""
 
-    def give(piece: str) -> None:
+    def give(piece: str, *, last: bool = False) -> None:
         nonlocal begun, held
         if not begun:
             piece = piece.lstrip()
@@ -97,6 +105,14 @@ def read(
             piece, held = held + piece, ""
             kept = piece.rstrip("\n")
             piece, held = kept, piece[len(kept) :]
+        elif stop:
+            piece, held = held + piece, ""
+            found = [at for at in (piece.find(word) for word in stop) if at >= 0]
+            if found:
+                piece, text.stopped = piece[: min(found)], True
+            elif not last:
+                unsure = _beginning(piece, stop)
+                piece, held = piece[: len(piece) - unsure], piece[len(piece) - unsure :]
         if piece:
             begun = True
             show(kind, piece, clock())
@@ -106,7 +122,7 @@ def read(
         give(decoder.flush())
         kind, decoder, begun, held = to, Detokenizer(loaded.tokenizer), False, ""
 
-    def feed(token: int) -> None:
+    def feed(token: int) -> bool:
         if token in marks.ends:
             text.ended = True
         elif token == marks.end_think and kind == "reasoning":
@@ -119,18 +135,28 @@ def read(
             else:
                 text.answer_tokens += 1
             give(decoder.push(token))
+        return text.stopped
 
     def finish() -> None:
-        give(decoder.flush())
+        if not text.stopped:
+            give(decoder.flush(), last=True)
 
     return feed, finish
+
+
+def _beginning(text: str, words: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of the words."""
+    most = max(len(word) for word in words) - 1
+    sizes = range(min(most, len(text)), 0, -1)
+    return next((size for size in sizes if any(word.startswith(text[-size:]) for word in words)), 0)
 
 
 def judged(base: Reply, text: Text, prompt_tokens: int, limit: int, sampling: Sampling) -> Reply:
     """Fill in text, usage and outcome of a finished row."""
     answer = text.text("answer")
     outcome, detail = Outcome.OK, ""
-    if not text.ended:
+    stopped = text.ended or text.stopped
+    if not stopped:
         outcome = Outcome.TRUNCATED
         detail = (
             f"stopped at max_tokens={limit}; ask for more"
@@ -145,7 +171,7 @@ def judged(base: Reply, text: Text, prompt_tokens: int, limit: int, sampling: Sa
         detail=detail,
         reasoning=text.text("reasoning"),
         answer=answer,
-        finish_reason="stop" if text.ended else "length",
+        finish_reason="stop" if stopped else "length",
         usage=Usage(prompt_tokens, text.reasoning_tokens, text.answer_tokens, "tokenizer", "tokenizer"),
     )
 

@@ -1,0 +1,123 @@
+"""GGUF files: checked, dequantized once, and kept as a folder of safetensors that loads in a second.
+
+transformers reads a GGUF for half a minute even where the model is small, and such a model can neither be saved nor
+trained; so the first use converts and every later one takes the folder. Knows files and transformers' loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dsr1kit.errors import ModelError, UsageError
+
+
+def cache_dir() -> Path:
+    """Where converted files lie: `dsr1kit/gguf` below `$XDG_CACHE_HOME`, or below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsr1kit" / "gguf"
+
+
+def dequantized(path: Path, *, cache: Path | None = None) -> Path:
+    """The folder with the model of a GGUF file, converted to 16 bits (32 where 16 overflow) on first use.
+
+    Args:
+        path: the file.
+        cache: where folders are kept; None: `cache_dir()`. Named by the file's content, so a changed file is
+            converted anew and a moved one is not.
+
+    Raises:
+        UsageError: the package `gguf` is missing.
+        ModelError: no GGUF, truncated, of an architecture that transformers cannot read, or the disk is full.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
+    _check(path)
+    place = (cache or cache_dir()) / f"{path.stem}-{_fingerprint(path)}"
+    if (place / "config.json").is_file():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
+        try:
+            _convert(path, partial)
+            _put_in_place(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"{path} could not be converted into {place.parent}: {error}. A model takes about 2 bytes a parameter "
+            "there; free some space, or set XDG_CACHE_HOME to a folder on a larger disk"
+        ) from error
+    return place
+
+
+def _put_in_place(partial: Path, place: Path) -> None:
+    try:
+        partial.rename(place)
+    except OSError:
+        if not (place / "config.json").is_file():  # else another process was sooner, with the same content
+            raise
+
+
+def _check(path: Path) -> None:
+    """Raise ModelError unless the file is a GGUF that holds all the bytes its own tables speak of."""
+    from gguf import GGUFReader
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}. Download it again")
+    try:
+        reader = GGUFReader(path)
+        needed = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path} is truncated or damaged: its {size:,} bytes do not hold what its header lists ({error}). "
+            "Download it again, with `dsr1kit weights` for checksums"
+        ) from error
+    if not needed or needed > size:
+        raise ModelError(f"{path} is truncated: {size:,} bytes of {needed:,}. Download it again (dsr1kit weights)")
+
+
+def _fingerprint(path: Path) -> str:
+    """Of size, header and both ends: reading gigabytes again at each start would cost more than it saves."""
+    size, part = path.stat().st_size, 4 * 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for at in (0, max(0, size // 2 - part // 2), max(0, size - part)):
+            file.seek(at)
+            digest.update(file.read(part))
+    return digest.hexdigest()[:16]
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    named: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **named)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **named
+        )
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"transformers cannot read {path}: {first}. Serve it with llama.cpp instead: dsr1kit serve {path.name}"
+        ) from error
+    model = model.to(torch.float16) if _fits_half(model) else model
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _fits_half(model: Any) -> bool:
+    import torch
+
+    largest = max(float(weight.abs().max()) for weight in model.parameters() if weight.numel())
+    return largest < float(torch.finfo(torch.float16).max)
