@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from dsr1kit.commands import access, runs  # noqa: F401 - they register their commands
+from dsr1kit.commands import access, fits, runs, serve, weights  # noqa: F401 - they register their commands
 from dsr1kit.commands.shared import (
     app,
     fail,

