@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from dsr1kit.access.channels import Channel, load_channels
@@ -24,15 +25,18 @@ def open_backend(
     stall_s: float = 60.0,
     deadline_s: float | None = None,
     quantization: str = "none",
+    adapter: Path | None = None,
 ) -> AbstractAsyncContextManager[Backend]:
     """The Backend that `name` means, to be used with `async with`.
 
     Args:
         name: a channel of the catalogue, `emulated:FILE` (or the name of a shipped weather), or
-            `local:MODEL` (`tiny-r1`, a folder, a hub id, a GGUF file; `@4bit` or `@8bit` after it quantizes).
+            `local:MODEL` (`tiny-r1`, a folder, a hub id, a GGUF file; `@4bit`, `@8bit` or `@auto` after it
+            quantizes).
         channels: the catalogue; None: the shipped one and the person's own.
         first_token_s, stall_s, deadline_s: limits in seconds, for hosted and emulated channels.
         quantization: for `local:` names that say none themselves.
+        adapter: folder of a LoRA adapter, for `local:` names.
 
     Raises:
         UnknownName, ConfigError: the name, or the file behind it, is wrong.
@@ -46,7 +50,12 @@ def open_backend(
         from dsr1kit.local.model import LocalModel
 
         source, _, quantized = name.removeprefix(LOCAL).partition("@")
-        return LocalModel(source, quantization=quantized or quantization, name=name)  # type: ignore[arg-type]  # checked there
+        return LocalModel(
+            source,
+            quantization=quantized or quantization,  # type: ignore[arg-type]  # checked there
+            name=name,
+            adapters=None if adapter is None else {adapter.resolve().name: adapter},
+        )
     catalogue = load_channels() if channels is None else channels
     return catalogue[name].open(**clocks)
 

@@ -66,8 +66,12 @@ def ask(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
     max_tokens: Annotated[int, typer.Option(help="Cap on reasoning and answer together.")] = 32768,
     max_thinking_tokens: Annotated[int | None, typer.Option(help="Close the thinking after so many tokens.")] = None,
+    min_thinking_tokens: Annotated[
+        int | None, typer.Option(help='Prolong the thinking by "Wait," up to so many tokens, with --local.')
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeatable draws, where honoured.")] = None,
-    quantization: Annotated[str, typer.Option(help="none, 8bit or 4bit, with --local.")] = "none",
+    quantization: Annotated[str, typer.Option(help="none, 8bit, 4bit or auto, with --local.")] = "none",
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter's folder, with --local.")] = None,
     first_token_s: Annotated[float, typer.Option(help="Longest wait for the first token, seconds.")] = 120.0,
     stall_s: Annotated[float, typer.Option(help="Longest silence between tokens, seconds.")] = 60.0,
     as_json: AsJson = False,
@@ -83,8 +87,12 @@ def ask(
         raise UsageError("the question is empty")
     if channel and local:
         raise UsageError("give --channel or --local, not both")
+    if channel and (adapter or min_thinking_tokens):
+        raise UsageError("--adapter and --min-thinking-tokens are for models that run here: give --local")
     name = channel or f"local:{local or 'tiny-r1'}"
-    sampling = Sampling(temperature, top_p, max_tokens, seed, max_thinking_tokens)
+    sampling = Sampling(
+        temperature, top_p, max_tokens, seed, max_thinking_tokens, min_thinking_tokens=min_thinking_tokens
+    )
     catalogue = load_channels(channel_file)
     warn_of_retirement([name], catalogue)
     backend = open_backend(
@@ -93,6 +101,7 @@ def ask(
         first_token_s=first_token_s,
         stall_s=stall_s,
         quantization=quantization,
+        adapter=adapter,
     )
     shown = LiveAnswer()
 
