@@ -144,10 +144,13 @@ def choose_dtype(parameters: int, device: str) -> Choice:
     return Choice("float32", "the processor has no bfloat16 products")
 
 
-def choose_quantization(shape: Shape, hardware: Hardware, context: int, purpose: str = "inference") -> Choice:
+def choose_quantization(
+    shape: Shape, hardware: Hardware, context: int, purpose: str = "inference", *, unquantized: str | None = None
+) -> Choice:
     """`none`, `8bit` or `4bit` for a model on a machine's first GPU, or on its processor, and the reason.
 
-    16 bits where they fit, since 4-bit is slower there (Qwen2.5-3B on a T4, tokens/s: fp16 25.7, NF4 16.5, int8
+    `unquantized` is the precision it would have without: `fp32`, `fp16` or `bf16`, by default the machine's 16 bits.
+    That is chosen where it fits, since 4-bit is slower there (Qwen2.5-3B on a T4, tokens/s: fp16 25.7, NF4 16.5, int8
     11.1; bitsandbytes' own benchmark). When fine-tuning (`purpose` "qlora" or "lora"): `qlora` is always 4-bit.
 
     Raises:
@@ -164,7 +167,7 @@ def choose_quantization(shape: Shape, hardware: Hardware, context: int, purpose:
         hardware.memory_free_bytes, hardware.colab, hardware.name,
     )  # fmt: skip
     device = "cuda" if one.gpus else "cpu"
-    room, whole = available(one), half_precision(one)
+    room, whole = available(one), unquantized or half_precision(one)
 
     def wants(precision: str) -> int:
         return need(shape, precision=precision, context=context, purpose=what, device=device).total
@@ -173,7 +176,7 @@ def choose_quantization(shape: Shape, hardware: Hardware, context: int, purpose:
     four = device == "cuda" or least_blocks(shape, 64)
     if what != "qlora" and wants(whole) <= room:
         return Choice("none", f"{wants(whole) / GIB:.1f} GiB in {whole} fit the {room / GIB:.1f} free, and 4-bit is "
-                      "slower where 16 bits fit")  # fmt: skip
+                      "slower where more bits fit")  # fmt: skip
     if what != "lora" and four and wants("nf4") <= room:
         why = "QLoRA trains on 4-bit weights" if what == "qlora" else (
             f"{whole} would need {wants(whole) / GIB:.1f} GiB, free are {room / GIB:.1f}"

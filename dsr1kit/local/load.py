@@ -65,6 +65,17 @@ class LoadedModel:
         """The planner's name for what the weights are held in: `fp32`, `fp16`, `bf16`, `8bit` or `nf4`."""
         return _PRECISIONS[self.dtype if self.quantization == "none" else self.quantization]
 
+    def advice(self, context: int) -> str:
+        """What would fit, where one request of so many tokens did not."""
+        from dsr1kit.local.fits import advise
+        from dsr1kit.local.shapes import shape_of_config
+
+        try:
+            shape = shape_of_config(self.model.config.to_dict())
+            return advise(shape, precision=self.precision, context=context)
+        except Dsr1kitError:  # an architecture that the planner does not know
+            return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
+
 
 def locate(source: str) -> tuple[str, str | None]:
     """Return what transformers loads, a folder or hub id, and the GGUF file within it, if it is one.
@@ -81,15 +92,18 @@ def locate(source: str) -> tuple[str, str | None]:
             raise ModelError(f"there is no file {path}; download the GGUF first, then name its path")
         return str(path.parent), path.name
     if path.is_dir():
-        if not list(path.glob("*.safetensors")) and len(files := sorted(path.glob("*.gguf"))) == 1:
+        if told := unfinished(path):
+            raise ModelError(told)
+        if not list(path.glob("*.safetensors")) and (files := sorted(path.glob("*.gguf"))):
+            if len(files) > 1:
+                named = ", ".join(file.name for file in files[:5])
+                raise ModelError(f"{path} holds {len(files)} GGUF files: name the one to open ({named})")
             return locate(str(files[0]))
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
             raise ModelError(
                 f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles and "
                 "never loaded: convert them with save_pretrained() where you trust them"
             )
-        if told := unfinished(path):
-            raise ModelError(told)
         return str(path), None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
         return source, None
@@ -148,7 +162,9 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except Dsr1kitError:
+        raise
+    except Exception as error:  # damaged files and networks make the libraries raise what they like
         raise ModelError(_why_not(source, quantization, device, place, error)) from error
     if not tokenizer.chat_template:
         raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
@@ -205,7 +221,7 @@ def _fitting(source: str, config: Any, quantization: str, dtype: str, device: st
         here = replace(here, gpus=())
     context = min(_PLANNED_CONTEXT, int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 4096))
     if quantization == "auto":
-        return choose_quantization(shape, here, context)
+        return choose_quantization(shape, here, context, unquantized=_PRECISIONS[dtype])
     precision = _PRECISIONS[dtype if quantization == "none" else quantization]
     if need(shape, precision=precision, context=context, device=kind).weights > available(here):
         raise ModelError(f"{source} does not fit: {advise(shape, here, precision=precision, context=context)}")
