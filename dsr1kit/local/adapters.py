@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsr1kit.errors import MissingExtra, ModelError, UnknownName
+from dsr1kit.local.load import quiet
 
 if TYPE_CHECKING:
     from dsr1kit.local.load import LoadedModel
@@ -20,14 +21,19 @@ class Adapters:
     """The adapters of one model.
 
     Attributes:
-        names: those that are loaded.
         active: the one in use; None: the model as it is.
     """
 
     def __init__(self, loaded: LoadedModel, source: str) -> None:
         self._model, self._source = loaded.model, source
-        self.names: list[str] = []
+        self._inner: dict[str, str] = {}  # PEFT makes names parts of module names: no dots, none of the model's own
         self.active: str | None = None
+        self._loads = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are loaded."""
+        return list(self._inner)
 
     def add(self, path: Path, name: str | None) -> str:
         """Load an adapter and use it; returns its name, the folder's where None. Raises as `load` does."""
@@ -48,15 +54,21 @@ class Adapters:
         base = _check(path)
         if name in self.names:
             raise ModelError(f"there is an adapter {name!r} already; give this one another name")
+        inner = f"adapter_{self._loads}_"
+        self._loads += 1
         try:
-            self._model.load_adapter(str(path), adapter_name=name, is_trainable=False)
+            with quiet():  # it reports the other adapters' weights as missing
+                info = self._model.load_adapter(str(path), adapter_name=inner, is_trainable=False)
+            lacking = [key for key in info.missing_keys if f".{inner}." in key]
+            if wrong := [*lacking, *info.unexpected_keys]:
+                raise ValueError(f"{len(wrong)} of its weights have no counterpart, such as {sorted(wrong)[0]}")
         except Exception as error:  # PEFT raises what it likes: the model may hold half of the adapter now
-            self._forget(name)
+            self._forget(inner)
             told = f"; it was trained on {base}" if base else ""
             raise ModelError(
                 f"the adapter in {path} does not go with {self._source}{told}: {str(error).strip()[:300]}"
             ) from error
-        self.names.append(name)
+        self._inner[name] = inner
         self.use(self.active)
 
     def use(self, name: str | None) -> None:
@@ -65,19 +77,20 @@ class Adapters:
         Raises:
             UnknownName: no such adapter is loaded.
         """
-        if name is not None and name not in self.names:
+        if name is not None and name not in self._inner:
             raise UnknownName("adapter", name, self.names, hint="(load it first: await model.load_adapter(folder))")
         if name is not None:
             self._model.enable_adapters()
-            self._model.set_adapter(name)
-        elif self.names:
+            self._model.set_adapter(self._inner[name])
+        elif self._inner:
             self._model.disable_adapters()
         self.active = name
 
-    def _forget(self, name: str) -> None:
-        if name in getattr(self._model, "peft_config", {}):
-            self._model.delete_adapter(name)
-        if self.names:
+    def _forget(self, inner: str) -> None:
+        if inner in getattr(self._model, "peft_config", {}):
+            with quiet():
+                self._model.delete_adapter(inner)
+        if self._inner:
             self.use(self.active)
 
 

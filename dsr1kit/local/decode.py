@@ -7,6 +7,7 @@ Knows tensors and rows; nothing about threads, text or replies.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from dsr1kit.local.graphs import Graphs
     from dsr1kit.local.rows import Marks, Row
+
+_log = logging.getLogger("dsr1kit.local")
 
 
 class Memory(Protocol):
@@ -64,10 +67,11 @@ class Decoder:
     def admit(self, rows: Sequence[Row]) -> list[Row]:
         """Read in prompts and draw their first tokens; returns the rows that are done at once.
 
-        Where it raises, none of the rows has been admitted and none has drawn.
+        A row that ran before goes on where it was. Where reading in raises, none of the rows has been admitted.
         """
         for row in rows:
-            row.generator = row.generator or generator_of(row.sampling)
+            # Anew each time: where memory ran out in the middle of a step, a number had been drawn in vain.
+            row.generator = generator_of(row.sampling, len(row.made))
         scores = self.memory.prefill(rows, len(self.rows))
         self.rows.extend(rows)
         return self._deliver(rows, scores)
@@ -175,7 +179,13 @@ class SlotMemory:
         self._cache.ensure(len(rows), reach)
         last = [row.made[-1] for row in rows]
         if self._graphs is not None:
-            return self._graphs.step(last, positions)
+            from dsr1kit.local.graphs import CannotRecord
+
+            try:
+                return self._graphs.step(last, positions)
+            except CannotRecord as error:
+                _log.warning("steps of this model cannot be recorded, so decoding is slower: %s", error)
+                self._graphs = None
         ids = torch.tensor(last, device=self._device)[:, None]
         at = torch.tensor(positions, device=self._device)
         mask = None

@@ -7,17 +7,19 @@ text, messages or replies.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import threading
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsr1kit.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dsr1kit.local.decode import Decoder
     from dsr1kit.local.rows import Row
@@ -28,6 +30,15 @@ T = TypeVar("T")
 
 class OutOfMemory(ModelError):
     """A single request needs more memory than there is."""
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """Work that waits among the rows."""
+
+    work: Callable[[], Any]
+    ended: Future[Any]
+    cancelled: bool = False
 
 
 class Desk:
@@ -48,22 +59,21 @@ class Desk:
         self.decoder: Decoder | None = None
         self._name, self._while_busy, self._before_step = name, while_busy, before_step
         self._changed = threading.Condition()
-        self._waiting: deque[Row] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._waiting: deque[Row | _Job] = deque()
         self._closing = False
         self._most: int | None = None  # rows at once since memory last ran out
         self._thread = threading.Thread(target=self._serve, name="dsr1kit-local", daemon=True)
         self._thread.start()
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` in the thread when no row runs; rows handed in later wait for it."""
+        """Run `work` in the thread after all rows handed in before; those handed in later wait for it."""
         future: Future[T] = Future()
-        self._put(lambda: self._jobs.append((work, future)))
+        self._put(_Job(work, future))
         return future
 
     def submit(self, *rows: Row) -> None:
         """Hand in rows; each one's `ended` tells when it is done."""
-        self._put(lambda: self._waiting.extend(rows))
+        self._put(*rows)
 
     def cancel(self, *rows: Row) -> None:
         """End rows before their next token."""
@@ -79,11 +89,11 @@ class Desk:
             self._changed.notify()
         self._thread.join()
 
-    def _put(self, add: Callable[[], None]) -> None:
+    def _put(self, *added: Row | _Job) -> None:
         with self._changed:
             if self._closing:
                 raise UsageError(f"{self._name} is closed")
-            add()
+            self._waiting.extend(added)
             self._changed.notify()
 
     # --- in the thread -----------------------------------------------------------------------------------
@@ -91,28 +101,29 @@ class Desk:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not (self._closing or self._jobs or self._waiting):
+                while not (self._closing or self._waiting):
                     self._changed.wait()
                 if self._closing:
                     break
-                job = self._jobs.popleft() if self._jobs else None
-            if job is None:
-                self._run_rows()
+                first = self._waiting[0]
+                if isinstance(first, _Job):
+                    self._waiting.popleft()
+            if isinstance(first, _Job):
+                _settle(first)
             else:
-                _settle(job[1], job[0])
-            del job  # its result must not live on here
-        for work, future in self._jobs:
-            del work
-            future.cancel()
+                self._run_rows()
+            del first  # its result must not live on here
         self._end(self._waiting, UsageError(f"{self._name} was closed"))
+        self._waiting.clear()
         self.decoder = None
 
     def _run_rows(self) -> None:
-        """Until nothing runs and nothing waits, or a job does."""
+        """Until nothing runs, and nothing waits or a job is next."""
         decoder = self.decoder
         if decoder is None:
-            self._end(self._waiting, UsageError(f"{self._name} is not loaded"))
-            self._waiting.clear()
+            with self._changed:
+                rows, self._waiting = self._waiting, deque()
+            self._end(rows, UsageError(f"{self._name} is not loaded"))
             return
         with self._while_busy():
             while not self._closing:
@@ -142,19 +153,20 @@ class Desk:
             self._end([row])
         with self._changed:
             gone = [row for row in self._waiting if row.cancelled]
-            for row in gone:
-                self._waiting.remove(row)
+            if gone:
+                self._waiting = deque(row for row in self._waiting if not row.cancelled)
         self._end(gone)
 
     def _next_rows(self, decoder: Decoder) -> list[Row]:
         """Those that wait, in their order, as far as each one's own width and memory allow."""
         rows: list[Row] = []
         with self._changed:
-            while self._waiting and not self._jobs:
-                width = self._waiting[0].width if self._most is None else min(self._waiting[0].width, self._most)
+            while self._waiting and not isinstance(row := self._waiting[0], _Job):
+                width = row.width if self._most is None else min(row.width, self._most)
                 if len(decoder.rows) + len(rows) >= width:
                     break
-                rows.append(self._waiting.popleft())
+                self._waiting.popleft()
+                rows.append(row)
         for row in rows:
             row.on_start()
         return rows
@@ -167,7 +179,7 @@ class Desk:
             return
         _free()
         if len(rows) == 1:
-            short = str(error).strip().splitlines()[0]
+            short = (str(error).strip().splitlines() or ["nothing more could be allocated"])[0]
             self._end(rows, OutOfMemory(f"{self._name} is out of memory: {short}"))
             return
         self._most = max(1, len(rows) // 2)
@@ -185,21 +197,39 @@ class Desk:
                 row.ended.set_exception(error)
 
 
-def _settle(future: Future[T], work: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
+async def ended(desk: Desk, rows: Sequence[Row], on_end: Callable[[], None] | None = None) -> None:
+    """Wait for all rows; when cancelled or one fails, end the others and wait until the thread has let go of them."""
+    futures = [asyncio.wrap_future(row.ended) for row in rows]
+    shields = [asyncio.shield(future) for future in futures]
+    try:
+        for future in asyncio.as_completed(shields):
+            await future
+            if on_end is not None:
+                on_end()
+    except BaseException:
+        desk.cancel(*rows)
+        await asyncio.wait(futures)
+        for shield in shields:
+            shield.cancelled() or shield.exception()  # one error is told; asyncio would log the others
+        raise
+
+
+def _settle(job: _Job) -> None:
+    if not job.ended.set_running_or_notify_cancel():
         return
     try:
-        result = work()
+        result = job.work()
     except BaseException as error:  # it belongs to whoever waits for the result
-        future.set_exception(error)
+        job.ended.set_exception(error)
     else:
-        future.set_result(result)
+        job.ended.set_result(result)
 
 
 def _is_shortage(error: Exception) -> bool:
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
-        told in words for told in ("out of memory", "can't allocate memory", "not enough memory")
+        told in words
+        for told in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
     )
 
 

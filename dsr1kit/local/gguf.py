@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dsr1kit.errors import ModelError, UsageError
+from dsr1kit.local.hardware import look
+from dsr1kit.local.memory import GIB
+
+_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens
 
 
 def cache_dir() -> Path:
@@ -32,14 +37,21 @@ def dequantized(path: Path, *, cache: Path | None = None) -> Path:
 
     Raises:
         UsageError: the package `gguf` is missing.
-        ModelError: no GGUF, truncated, of an architecture that transformers cannot read, or the disk is full.
+        ModelError: no GGUF, truncated, of an architecture that transformers cannot read, or memory or disk are
+            too small.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
-    _check(path)
+    weights = _check(path)
     place = (cache or cache_dir()) / f"{path.stem}-{_fingerprint(path)}"
     if (place / "config.json").is_file():
         return place
+    # In 32 bits at first, and a GGUF may have fewer than five.
+    if (needed := 4 * weights) > (free := look().memory_free_bytes):
+        raise ModelError(
+            f"{path} would take {needed / GIB:.1f} GiB of memory to convert, and {free / GIB:.1f} GiB are free. Serve "
+            f"it with llama.cpp, which needs no more than the file: dsr1kit serve {path}"
+        )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
@@ -64,8 +76,8 @@ def _put_in_place(partial: Path, place: Path) -> None:
             raise
 
 
-def _check(path: Path) -> None:
-    """Raise ModelError unless the file is a GGUF that holds all the bytes its own tables speak of."""
+def _check(path: Path) -> int:
+    """The number of weights; raises ModelError unless the file holds all the bytes its own tables speak of."""
     from gguf import GGUFReader
 
     size = path.stat().st_size
@@ -83,6 +95,7 @@ def _check(path: Path) -> None:
         ) from error
     if not needed or needed > size:
         raise ModelError(f"{path} is truncated: {size:,} bytes of {needed:,}. Download it again (dsr1kit weights)")
+    return sum(int(t.n_elements) for t in reader.tensors)
 
 
 def _fingerprint(path: Path) -> str:
@@ -102,18 +115,56 @@ def _convert(path: Path, folder: Path) -> None:
 
     named: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **named)
+        tokenizer = _mended(AutoTokenizer.from_pretrained(str(path.parent), **named), path)
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(path.parent), dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **named
         )
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # its readers raise what they like where a file lacks something
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"transformers cannot read {path}: {first}. Serve it with llama.cpp instead: dsr1kit serve {path.name}"
+            f"transformers cannot read {path}: {first}. Serve it with llama.cpp instead: dsr1kit serve {path}"
         ) from error
     model = model.to(torch.float16) if _fits_half(model) else model
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    except Exception as error:  # a full disk is a SafetensorError to one library, a bare Exception to another
+        raise OSError(str(error)) from error
+
+
+def _mended(tokenizer: Any, path: Path) -> Any:
+    """The tokenizer with the special tokens that the file names, each whole and under its own id.
+
+    transformers (5.23) takes a byte-level vocabulary's special tokens for spelled bytes where they hold a character
+    such as R1's full-width bar: `<｜User｜>` falls to pieces, and the begin mark gets an id behind the vocabulary.
+    """
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(path).fields
+    tokens, kinds = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if tokens is None or kinds is None:
+        return tokenizer
+    named = list(enumerate(zip(tokens.contents(), kinds.contents(), strict=True)))
+    special = {at: (token, kind == _CONTROL) for at, (token, kind) in named if kind in (_CONTROL, _USER_DEFINED)}
+    wrong = {at: told for at, told in special.items() if tokenizer.convert_tokens_to_ids(told[0]) != at}
+    if not wrong:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    spelled = {at: token for token, at in vocabulary.items()}
+    texts = {text for text, _ in wrong.values()}
+    added = [one for one in state["added_tokens"] if one["content"] not in texts and one["id"] < len(named)]
+    for at, (text, control) in wrong.items():
+        vocabulary.pop(spelled.get(at), None)
+        vocabulary[text] = at
+        bounds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": at, "content": text, "special": control, **bounds})
+    state["added_tokens"] = sorted(added, key=lambda one: int(one["id"]))
+    marks = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "chat_template")}
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **marks)
 
 
 def _fits_half(model: Any) -> bool:

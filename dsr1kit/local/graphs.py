@@ -20,6 +20,10 @@ _LEAST = 256  # positions of the smallest recording
 _WARM_UP = 3  # passes before recording: libraries choose their kernels in them
 
 
+class CannotRecord(RuntimeError):
+    """A step of this model does what cannot be recorded, such as asking the processor in the middle of it."""
+
+
 class Graphs:
     """Decoding steps of a model over a `SlotCache`.
 
@@ -37,7 +41,11 @@ class Graphs:
         self._version = -1
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """Read in one token a row at its position; return scores [B, V]."""
+        """Read in one token a row at its position; return scores [B, V].
+
+        Raises:
+            CannotRecord: recording failed; nothing has been read in.
+        """
         count = len(tokens)
         # Rows beyond `count` write to position 0 of slots that nobody holds.
         rows = 1 if count == 1 else 2 if count == 2 else -(-count // 4) * 4
@@ -53,7 +61,12 @@ class Graphs:
         if not self._record:
             return self._pass(ids.to(self._device), at.to(self._device), reach)[:count]
         if (rows, reach) not in self._recorded:
-            self._recorded[rows, reach] = self._recording(ids, at, reach)
+            try:
+                self._recorded[rows, reach] = self._recording(ids, at, reach)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise CannotRecord(str(error)) from error
         graph, held_ids, held_at, scores = self._recorded[rows, reach]
         held_ids.copy_(ids, non_blocking=True)
         held_at.copy_(at, non_blocking=True)

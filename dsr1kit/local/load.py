@@ -30,6 +30,7 @@ Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit": "8bit", "4bit": "nf4"}
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
 _PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
 
@@ -104,6 +105,9 @@ def locate(source: str) -> tuple[str, str | None]:
                 f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles and "
                 "never loaded: convert them with save_pretrained() where you trust them"
             )
+        if not any(file.match(form) for file in path.iterdir() for form in _VOCABULARIES):
+            # transformers would make up an empty one.
+            raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
         return str(path), None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
         return source, None
@@ -165,7 +169,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     except Dsr1kitError:
         raise
     except Exception as error:  # damaged files and networks make the libraries raise what they like
-        raise ModelError(_why_not(source, quantization, device, place, error)) from error
+        raise ModelError(_why_not(source, quantization, device, error)) from error
     if not tokenizer.chat_template:
         raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
@@ -228,7 +232,7 @@ def _fitting(source: str, config: Any, quantization: str, dtype: str, device: st
     return quantization, "asked for"
 
 
-def _why_not(source: str, quantization: str, device: str, place: str, error: Exception) -> str:
+def _why_not(source: str, quantization: str, device: str, error: Exception) -> str:
     """What failed, the likely cause, and what mends it."""
     lines = str(error).strip().splitlines()
     first, text = (lines[0] if lines else type(error).__name__), str(error).lower()
@@ -239,8 +243,6 @@ def _why_not(source: str, quantization: str, device: str, place: str, error: Exc
         return f"{head}. Check the spelling of the hub id; a private model also needs HF_TOKEN"
     if "out of memory" in text or "can't allocate memory" in text:
         return f"{head}. See what fits here: dsr1kit fits"
-    if Path(place).is_dir() and not list(Path(place).glob("tokenizer*")):
-        return f"{head}. {place} has no tokenizer (tokenizer.json): copy it from the model's page into the folder"
     return (
         f"{head}. Check the name, that it is downloaded (dsr1kit weights; with HF_HUB_OFFLINE set nothing is) and that "
         "it has safetensors weights"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from dsr1kit.errors import ModelError, UnknownName, UsageError
-from dsr1kit.local.desk import Desk, OutOfMemory
+from dsr1kit.local.desk import Desk, OutOfMemory, ended
 from dsr1kit.local.hardware import SMALL
 from dsr1kit.local.load import (
     DTYPES,
@@ -116,7 +117,7 @@ class LocalModel:
         locate(self.source)  # a wrong name fails before the seconds that imports take
         self._desk = Desk(self.name, lambda: quiet(python_warnings=False), self._share_cores)
         try:
-            self._loaded = await self._in_thread(self._load)
+            self._loaded, self._adapters = await self._in_thread(partial(self._load, self._desk))
         except BaseException:
             desk, self._desk = self._desk, None
             await asyncio.to_thread(desk.close)
@@ -162,9 +163,18 @@ class LocalModel:
         await self._with_adapters(lambda adapters: adapters.use(name))
 
     async def _with_adapters(self, work: Callable[[Adapters], T]) -> T:
-        adapters = self._adapters if self.loaded else None
-        assert adapters is not None  # noqa: S101 - it is made with the model
-        return await self._in_thread(lambda: work(adapters))
+        adapters, desk = self._adapters if self.loaded else None, self._desk
+        assert adapters is not None  # noqa: S101 - made with the model
+        assert desk is not None  # noqa: S101 - as above
+
+        def then_forget() -> T:
+            try:
+                return work(adapters)
+            finally:
+                assert desk.decoder is not None  # noqa: S101 - made with the model
+                desk.decoder.clear()  # recorded steps are those of the adapter before
+
+        return await self._in_thread(then_forget)
 
     async def ask(
         self,
@@ -186,24 +196,28 @@ class LocalModel:
         require_messages(messages)
         loaded, desk = self.loaded, self._desk
         assert desk is not None  # noqa: S101 - `loaded` has looked
-        loop = asyncio.get_running_loop()
-        asked = loop.time()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine of asyncio
+        asked, cancels = loop.time(), task.cancelling()
         due = asked if due is None else due
         base = self._reply(Outcome.OK, due_at=time.time() - (asked - due))
         prompt = self._prompt(messages)
         if refused := _too_long(len(prompt.ids), loaded.context):
             at = loop.time() - due
             return replace(base, outcome=Outcome.BAD_REQUEST, detail=refused, timing=Timing(total_s=at))
-        text, started = Text(prompt.opened), [asked]
+        text, started, adapter = Text(prompt.opened), asked, self.adapter
         raised: list[Exception] = []
 
         def show(kind: Kind, piece: str, at: float) -> None:
             text.pieces.append((kind, piece, at))
             if on_delta is not None:
-                loop.call_soon_threadsafe(tell, Delta(kind, piece, at - due))
+                try:
+                    loop.call_soon_threadsafe(tell, Delta(kind, piece, at - due))
+                except RuntimeError:  # the loop was closed without an end to its tasks: nobody waits any more
+                    row.cancelled = True
 
         def tell(delta: Delta) -> None:
-            if on_delta is None or raised or row.cancelled:
+            if on_delta is None or raised or row.cancelled or task.cancelling() > cancels:
                 return
             try:
                 on_delta(delta)
@@ -212,25 +226,28 @@ class LocalModel:
                 desk.cancel(row)
 
         def start() -> None:
+            nonlocal started, adapter
             if not row.made:
-                started[0] = loop.time()
+                started, adapter = loop.time(), self.adapter
 
         feed, finish = read(loaded, text, show, loop.time, sampling.stop)
         row = self._row(prompt, sampling, feed)
         row.on_start = start
         desk.submit(row)
+        short = ""
         try:
-            await _ended(desk, [row])
+            await ended(desk, [row])
         except OutOfMemory as error:
-            detail = f"{error}. {await asyncio.to_thread(self._advice, len(prompt.ids) + row.limit, 1)}"
-            return replace(base, outcome=Outcome.OVERLOADED, detail=detail, timing=Timing(total_s=loop.time() - due))
+            short = f"{error}. {await asyncio.to_thread(loaded.advice, len(prompt.ids) + row.limit)}"
         await asyncio.sleep(0)  # pieces that wait in the loop are told before the reply
         if raised:
             raise raised[0]
         finish()
         await asyncio.sleep(0)
-        reply = judged(base, text, len(prompt.ids), row.limit, sampling)
-        return replace(reply, timing=timing_of(text, due, started[0], loop.time()))
+        reply = _with_adapter(judged(base, text, len(prompt.ids), row.limit, sampling), adapter)
+        if short:
+            reply = replace(reply, outcome=Outcome.OVERLOADED, detail=short, finish_reason=None)
+        return replace(reply, timing=timing_of(text, due, started, loop.time()))
 
     async def generate_many(
         self,
@@ -275,12 +292,19 @@ class LocalModel:
         texts = {at: Text(prompts[at].opened) for at in todo}
         ends: dict[int, Callable[[], None]] = {}
         rows: list[Row] = []
+        adapter = self.adapter
+
+        def start() -> None:
+            nonlocal adapter
+            adapter = self.adapter
+
         for at in todo:
             text = texts[at]
             feed, ends[at] = read(
                 loaded, text, lambda *piece, to=text: to.pieces.append(piece), lambda: 0.0, samplings[at].stop
             )
             rows.append(self._row(prompts[at], samplings[at], feed, batch_size))
+            rows[-1].on_start = start
         done = len(replies) - len(todo)
 
         def count() -> None:
@@ -291,18 +315,19 @@ class LocalModel:
 
         desk.submit(*rows)
         try:
-            await _ended(desk, rows, count)
+            await ended(desk, rows, count)
         except OutOfMemory as error:
             longest = max(len(row.prompt) + row.limit for row in rows)
-            raise ModelError(f"{error}. {await asyncio.to_thread(self._advice, longest, 1)}") from None
+            raise ModelError(f"{error}. {await asyncio.to_thread(loaded.advice, longest)}") from None
         for at, row in zip(todo, rows, strict=True):
             ends[at]()
-            replies[at] = judged(replies[at], texts[at], len(row.prompt), row.limit, samplings[at])
+            reply = judged(replies[at], texts[at], len(row.prompt), row.limit, samplings[at])
+            replies[at] = _with_adapter(reply, adapter)
         return replies
 
     # --- in the worker thread ----------------------------------------------------------------------------
 
-    def _load(self) -> LoadedModel:
+    def _load(self, desk: Desk) -> tuple[LoadedModel, Adapters]:
         import torch
 
         from dsr1kit.local.adapters import Adapters
@@ -310,17 +335,16 @@ class LocalModel:
 
         loaded = load(self.source, self.quantization, self._device, self._dtype, self._threads)
         self._all_threads = torch.get_num_threads()
-        self._adapters = Adapters(loaded, self.source)
+        adapters = Adapters(loaded, self.source)
         for name, folder in self._wanted_adapters.items():
-            self._adapters.load(folder, name)
+            adapters.load(folder, name)
         if self._wanted_adapters:
-            self._adapters.use(next(iter(self._wanted_adapters)))
+            adapters.use(next(iter(self._wanted_adapters)))
         compiled = self._compiled
         if compiled is None:
             compiled = loaded.device.startswith("cuda") and loaded.quantization != "8bit"
-        assert self._desk is not None  # noqa: S101 - this runs in its thread
-        self._desk.decoder = Decoder(loaded.model, loaded.marks, loaded.context, compiled=compiled)
-        return loaded
+        desk.decoder = Decoder(loaded.model, loaded.marks, loaded.context, compiled=compiled)
+        return loaded, adapters
 
     def _share_cores(self, running: int) -> None:
         """A single row of a small model is too little work to share: threads would only wait for each other."""
@@ -347,7 +371,8 @@ class LocalModel:
         tokenizer, marks = self.loaded.tokenizer, self.loaded.marks
         turns = [{**turn, "content": _without_thinking(turn)} for turn in messages]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        opened = text.rstrip().endswith("<think>")
+        # Where the end of thinking is no token of its own, nothing could tell it from the answer.
+        opened = marks.end_think is not None and text.rstrip().endswith("<think>")
         if not opened and marks.think is not None and marks.end_think is not None:
             text, opened = f"{text}<think>\n", True
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -359,22 +384,9 @@ class LocalModel:
         limit = min(sampling.max_tokens, self.loaded.context - len(prompt.ids))
         return Row(prompt.ids, sampling, limit, prompt.opened, on_token, width=width or self.max_batch)
 
-    def _advice(self, context: int, batch: int) -> str:
-        from dsr1kit.local.fits import advise
-        from dsr1kit.local.shapes import shape_of_config
-
-        loaded = self.loaded
-        try:
-            shape = shape_of_config(loaded.model.config.to_dict())
-            return advise(shape, precision=loaded.precision, context=context, batch=batch)
-        except ModelError:
-            return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
-
     def _reply(self, outcome: Outcome, *, detail: str = "", due_at: float) -> Reply:
         loaded = self.loaded
         facts = {"device": loaded.device, "dtype": loaded.dtype, "quantization": loaded.quantization}
-        if self.adapter is not None:
-            facts["adapter"] = self.adapter
         return Reply(
             outcome,
             detail,
@@ -386,18 +398,8 @@ class LocalModel:
         )
 
 
-async def _ended(desk: Desk, rows: Sequence[Row], on_end: Callable[[], None] | None = None) -> None:
-    """Wait for all rows; when cancelled or one fails, end the others and wait until the thread has let go of them."""
-    futures = [asyncio.wrap_future(row.ended) for row in rows]
-    try:
-        for future in asyncio.as_completed([asyncio.shield(future) for future in futures]):
-            await future
-            if on_end is not None:
-                on_end()
-    except BaseException:
-        desk.cancel(*rows)
-        await asyncio.wait(futures)
-        raise
+def _with_adapter(reply: Reply, adapter: str | None) -> Reply:
+    return reply if adapter is None else replace(reply, extra={**reply.extra, "adapter": adapter})
 
 
 def _without_thinking(turn: Message) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsr1kit.local.load import LoadedModel
 
 Kind = Literal["reasoning", "answer"]
+_LONG, _LONGEST = 16, 64  # tokens decoded anew: from the first on settled where it can be, from the second always
 
 
 class Detokenizer:
@@ -36,11 +37,11 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Return the text that became certain with `token`, often but not always that of the token."""
         self._ids.append(token)
-        text = self._decode()
-        if text.endswith("\ufffd"):
-            return ""
-        piece, self._shown = text[self._shown :], len(text)
-        if len(self._ids) - self._anchor > 16:
+        text, span = self._decode(), len(self._ids) - self._anchor
+        # Replacement characters at the end may become characters, unless there are more than any text has.
+        certain = text.rstrip("\ufffd") if span <= _LONGEST else text
+        piece, self._shown = certain[self._shown :], max(self._shown, len(certain))
+        if span > _LONG and certain == text:
             self._anchor = len(self._ids) - 4
             self._shown = len(self._decode())
         return piece
@@ -98,7 +99,7 @@ def read(
 
     def give(piece: str, *, last: bool = False) -> None:
         nonlocal begun, held
-        if not begun:
+        if not begun and not held:
             piece = piece.lstrip()
         if kind == "reasoning":
             # Line breaks wait for what follows: before the closing tag they are dropped.

@@ -45,7 +45,8 @@ def marks_of(tokenizer: Any, model: Any) -> Marks:
 
     def single(text: str) -> int | None:
         found = ids(text)
-        return found[0] if len(found) == 1 else None
+        # The unknown token stands for any text, so it is no tag.
+        return found[0] if len(found) == 1 and found[0] != tokenizer.unk_token_id else None
 
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
@@ -74,7 +75,7 @@ class Row:
         thought: tokens of thinking among them, tags aside.
         cancelled: set from outside: the row ends before its next token.
         ended: resolved when the row is done; with the error, where there was one.
-        generator: of its draws; made when it first runs.
+        generator: of its draws; made when it starts to run.
     """
 
     prompt: list[int]
@@ -110,11 +111,11 @@ class Row:
         return stopped or token in marks.ends or len(self.made) >= self.limit
 
     def _decide(self, drawn: int, marks: Marks) -> int:
-        if not self._forced and self.thinking and marks.close:
+        if self.thinking and marks.close:
             most, least = self.sampling.max_thinking_tokens, self.sampling.min_thinking_tokens
             closing = drawn == marks.end_think or drawn in marks.ends
             if most is not None and self.thought >= most:
-                self._forced.extend(marks.close)
-            elif closing and least is not None and self.thought < least:
-                self._forced.extend(marks.wait)
+                self._forced = deque(marks.close)  # also in the middle of what prolongs it
+            elif closing and not self._forced and least is not None and self.thought < least:
+                self._forced = deque(marks.wait)
         return self._forced.popleft() if self._forced else drawn
