@@ -152,8 +152,8 @@ def main() -> None:
         source = random_model(args.random, Path(folder)) if args.random else args.model
         loaded = load(source, args.quantization, "auto", args.dtype, None)
         print(
-            f"{args.random or Path(args.model).name}: {loaded.parameters:,} parameters, {loaded.device}, {loaded.dtype}, "
-            f"{loaded.quantization}, {torch.get_num_threads()} threads",
+            f"{args.random or Path(args.model).name}: {loaded.parameters:,} parameters, {loaded.device}, "
+            f"{loaded.dtype}, {loaded.quantization}, {torch.get_num_threads()} threads",
             flush=True,
         )
         contenders = {

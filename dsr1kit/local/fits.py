@@ -30,7 +30,7 @@ ROOM = 16_384  # tokens that a recommended model has room for: half of what R1's
 BIGGER = 2.0  # models within this factor are of like size: the better score decides
 SLOWEST = 5.0  # tokens a second, by the bound, below which minutes of thinking become an hour
 _USUAL_CPU = 40e9  # bytes a second of a processor's memory where nothing is known: two channels, not the fastest
-_SLOWER = {"nf4": "4-bit, slower than 16 bits where those fit (T4: 16.5 against 25.7 tokens/s for a 3B)",
+_SLOWER = {"nf4": "4-bit, slower than 16 bits where those fit (T4: 13.6 against 25.7 tokens/s for a 3B)",
            "8bit": "LLM.int8, slower than 16 bits and than 4-bit for one request"}  # fmt: skip
 
 

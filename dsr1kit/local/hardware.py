@@ -150,8 +150,9 @@ def choose_quantization(
     """`none`, `8bit` or `4bit` for a model on a machine's first GPU, or on its processor, and the reason.
 
     `unquantized` is the precision it would have without: `fp32`, `fp16` or `bf16`, by default the machine's 16 bits.
-    That is chosen where it fits, since 4-bit is slower there (Qwen2.5-3B on a T4, tokens/s: fp16 25.7, NF4 16.5, int8
-    11.1; bitsandbytes' own benchmark). When fine-tuning (`purpose` "qlora" or "lora"): `qlora` is always 4-bit.
+    That is chosen where it fits, since 4-bit is slower there (Qwen2.5-3B on a T4, tokens/s: fp16 25.7, NF4 with
+    double quantization 13.6, LLM.int8 6.0; bitsandbytes' own benchmark). When fine-tuning (`purpose` "qlora" or
+    "lora"): `qlora` is always 4-bit.
 
     Raises:
         ModelError: it fits in none; the message says what would.

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import re
+import threading
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dsr1kit.local.rows import Marks
 
@@ -173,7 +174,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     if not tokenizer.chat_template:
         raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = int(model.num_parameters())  # which knows how 4-bit weights are packed
     return LoadedModel(
         model,
         tokenizer,
@@ -275,25 +276,47 @@ def _parameters(config: Any) -> int:
 def quiet(*, python_warnings: bool = True) -> Iterator[None]:
     """Keep progress bars, advice and bitsandbytes' message at every int8 product off stderr.
 
+    Several threads may be quiet at a time: things are as before when the last one ends.
+
     Args:
         python_warnings: also silence the `warnings` module; all threads share its filters: for loading only.
     """
+    with _QUIET:
+        if not _hushed:
+            _hushed.append(_hush())
+        _hushed.append(lambda: None)
+    try:
+        with warnings.catch_warnings() if python_warnings else contextlib.nullcontext():
+            if python_warnings:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        with _QUIET:
+            _hushed.pop()
+            if len(_hushed) == 1:
+                _hushed.pop()()
+
+
+_QUIET = threading.Lock()
+_hushed: list[Callable[[], None]] = []  # what undoes it, and one entry for each that is quiet
+
+
+def _hush() -> Callable[[], None]:
+    """Lower what libraries say; returns what undoes it."""
     from transformers.utils import logging as transformers_logging
 
     hf_logging: Any = transformers_logging
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     cast = logging.getLogger("bitsandbytes")
     before = cast.level
-    try:
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        cast.setLevel(logging.ERROR)
-        with warnings.catch_warnings() if python_warnings else contextlib.nullcontext():
-            if python_warnings:
-                warnings.simplefilter("ignore")
-            yield
-    finally:
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    cast.setLevel(logging.ERROR)
+
+    def undo() -> None:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
         cast.setLevel(before)
+
+    return undo

@@ -182,6 +182,16 @@ def _bitsandbytes(version: Callable[[str], str | None], at: Hardware) -> Finding
 
 def _product_error() -> float:
     """Relative error of a small NF4 product against that of its dequantized weights, on the device in use."""
+    log = logging.getLogger("bitsandbytes")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it advises an optional package on every processor
+    try:
+        return _compared()
+    finally:
+        log.setLevel(before)
+
+
+def _compared() -> float:
     import bitsandbytes
     import torch
 
@@ -195,13 +205,7 @@ def _product_error() -> float:
     layer = layer.to(device)
     plain = bits.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     rows = torch.randn(4, 256, generator=chance).to(device, dtype)
-    log = logging.getLogger("bitsandbytes")
-    before = log.level
-    log.setLevel(logging.ERROR)  # it advises an optional package on every processor
-    try:
-        with torch.no_grad():
-            product = layer(rows).float()
-    finally:
-        log.setLevel(before)
+    with torch.no_grad():
+        product = layer(rows).float()
     wanted = rows.float() @ plain.T
     return float((product - wanted).norm() / wanted.norm())
