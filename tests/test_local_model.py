@@ -328,3 +328,36 @@ def test_what_on_delta_raises_reaches_the_caller():
             return await r1.ask([{"role": "user", "content": "What is 12 + 30?"}], Sampling(temperature=0.0))
 
     assert asyncio.run(inside()).outcome == "ok"
+
+
+def test_what_the_open_model_holds_is_not_counted_against_it(monkeypatch):
+    """Advice after a shortage is about the request, not about loading the same weights a second time."""
+    from dsr1kit.local import load as loading
+
+    async def scenario(model):
+        held = int(model.loaded.model.get_memory_footprint())
+        here = loading._seen_from("cpu")
+        assert loading._with_free(here, held).memory_free_bytes == here.memory_free_bytes + held
+        return model.loaded.advice(100)
+
+    assert "should fit" in run(scenario)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    import dataclasses
+    import json
+
+    from dsr1kit.local import load as loading
+
+    folder = tmp_path / "huge"
+    shutil.copytree(data_dir() / "tiny-r1", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "layer_types": None}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    small = dataclasses.replace(loading.look(), memory_free_bytes=8 * 2**30, gpus=())
+    monkeypatch.setattr(loading, "look", lambda: small)
+    with pytest.raises(ModelError, match=r"does not fit.*GiB short.*What would fit"):
+        ask(source=str(folder), dtype="bfloat16")
+    with pytest.raises(ModelError, match="GiB short"):
+        ask(source=str(folder), quantization="auto")

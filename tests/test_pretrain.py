@@ -218,20 +218,16 @@ def test_shipped_accuracy_leaves_room_and_untaught_stays_untaught():
 def test_shipped_model_reasons_truly_on_held_out_problems(shipped_tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from dsr1kit.local.generate import generate_rows, marks_of
+    from dsr1kit.local.decode import Decoder, run_rows
+    from dsr1kit.local.rows import Row, marks_of
     from dsr1kit.records import Sampling
 
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="float32").eval()
     problems = generate(TAUGHT, "held_out", 63, seed=11)
     prompts = shipped_tokenizer([pretrain.prompt_text(p.question) for p in problems])["input_ids"]
-    rows = generate_rows(
-        model,
-        marks_of(shipped_tokenizer, model),
-        prompts,
-        [Sampling(temperature=0)] * len(problems),
-        limits=[256] * len(problems),
-    )
-    texts = [shipped_tokenizer.decode(row) for row in rows]
+    rows = [Row(ids, Sampling(temperature=0), 256, thinking=True, on_token=lambda _: False) for ids in prompts]
+    run_rows(Decoder(model, marks_of(shipped_tokenizer, model), 1024), rows)
+    texts = [shipped_tokenizer.decode(row.made) for row in rows]
     right = sum(pretrain.boxed(text) == p.value for text, p in zip(texts, problems, strict=True))
     true_traces = sum(not false_statements(text.partition("</think>")[0]) for text in texts)
     assert right >= 0.5 * len(problems)

@@ -85,8 +85,12 @@ def ask(
 
     if not question.strip():
         raise UsageError("the question is empty")
-    if channel and local:
+    if channel is not None and local is not None:
         raise UsageError("give --channel or --local, not both")
+    if channel == "" or local == "":
+        raise UsageError(
+            "--channel and --local need a name (dsr1kit channels lists them; --local tiny-r1 runs anywhere)"
+        )
     if channel and (adapter or min_thinking_tokens):
         raise UsageError("--adapter and --min-thinking-tokens are for models that run here: give --local")
     name = channel or f"local:{local or 'tiny-r1'}"

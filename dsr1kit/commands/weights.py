@@ -64,7 +64,7 @@ def weights(
         except KeyboardInterrupt:
             fail("stopped; what came is kept, and the same command goes on from there", 130)
         except Dsr1kitError as error:
-            if len(names) == 1:
+            if len(names) == 1 and not as_json:
                 raise
             said(str(error))
             codes.append(2 if isinstance(error, UsageError) else 1)

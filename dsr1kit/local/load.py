@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import re
 import threading
 import time
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
-from dsr1kit.local.folder import unfinished
+from dsr1kit.local.folder import default_folder, read_manifest, unfinished
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dsr1kit.local.hardware import Hardware
     from dsr1kit.local.rows import Marks
+    from dsr1kit.local.shapes import Shape
 
 Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
@@ -72,11 +75,14 @@ class LoadedModel:
         from dsr1kit.local.fits import advise
         from dsr1kit.local.shapes import shape_of_config
 
+        lighter = "Ask for fewer max_tokens, or open the model with quantization='4bit'."
         try:
             shape = shape_of_config(self.model.config.to_dict())
-            return advise(shape, precision=self.precision, context=context)
         except Dsr1kitError:  # an architecture that the planner does not know
-            return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
+            return lighter
+        # The weights that are loaded stay: what they hold counts as free for the whole.
+        here = _with_free(_seen_from(self.device), int(self.model.get_memory_footprint()))
+        return advise(shape, here, precision=self.precision, context=context)
 
 
 def locate(source: str) -> tuple[str, str | None]:
@@ -111,7 +117,10 @@ def locate(source: str) -> tuple[str, str | None]:
             raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
         return str(path), None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
-        return source, None
+        # What `dsr1kit weights` has fetched is taken before anything is asked of a hub.
+        fetched = (default_folder(source, origin) for origin in ("hub", "modelscope"))
+        found = next((folder for folder in fetched if read_manifest(folder) is not None), None)
+        return (source, None) if found is None else locate(str(found))
     if "/" in source:
         raise ModelError(f"there is no folder {path}; name a folder, a hub id (org/name) or a .gguf file")
     raise UnknownName("model", source, ["tiny-r1"], hint="(or a folder, a hub id org/name, a .gguf file)")
@@ -212,42 +221,74 @@ def _quantized(quantization: str, compute: Any) -> dict[str, Any]:
 
 def _fitting(source: str, config: Any, quantization: str, dtype: str, device: str) -> tuple[str, str]:
     """The quantization to load in and why; raises ModelError, with what would fit, where this one does not."""
-    from dsr1kit.local.fits import advise
-    from dsr1kit.local.memory import available, need
     from dsr1kit.local.shapes import shape_of_config
 
-    kind = "cuda" if device.startswith("cuda") else "cpu"
     try:
         shape = shape_of_config(config.to_dict())
     except Dsr1kitError:  # an architecture that the planner does not know: the loader will find out
         return ("none", "not known to the planner") if quantization == "auto" else (quantization, "asked for")
-    here = look()
-    if kind == "cpu":
-        here = replace(here, gpus=())
-    context = min(_PLANNED_CONTEXT, int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 4096))
+    here = _seen_from(device)
     if quantization == "auto":
+        context = min(_PLANNED_CONTEXT, shape.context)
         return choose_quantization(shape, here, context, unquantized=_PRECISIONS[dtype])
-    precision = _PRECISIONS[dtype if quantization == "none" else quantization]
-    if need(shape, precision=precision, context=context, device=kind).weights > available(here):
-        raise ModelError(f"{source} does not fit: {advise(shape, here, precision=precision, context=context)}")
+    refuse_unfit(source, shape, _PRECISIONS[dtype if quantization == "none" else quantization], here)
     return quantization, "asked for"
+
+
+def refuse_unfit(source: str, shape: Shape, precision: str, hardware: Hardware) -> None:
+    """Raise ModelError, with what would fit, where a model's weights with what a process needs exceed what is free."""
+    from dsr1kit.local.fits import advise
+    from dsr1kit.local.memory import available, need
+
+    context = min(_PLANNED_CONTEXT, shape.context)
+    wanted = need(shape, precision=precision, context=context, device="cuda" if hardware.gpus else "cpu")
+    if wanted.weights + wanted.activations > available(hardware):
+        raise ModelError(f"{source} does not fit: {advise(shape, hardware, precision=precision, context=context)}")
+
+
+def _seen_from(device: str) -> Hardware:
+    """The machine as a model on one device sees it: that GPU alone, or none."""
+    here = look()
+    if not device.startswith("cuda"):
+        return replace(here, gpus=())
+    number = int(device.partition(":")[2] or 0)
+    return replace(here, gpus=here.gpus[number : number + 1])
+
+
+def _with_free(here: Hardware, more: int) -> Hardware:
+    """The same machine with so many more bytes free."""
+    if here.gpus:
+        return replace(here, gpus=(replace(here.gpus[0], free_bytes=here.gpus[0].free_bytes + more),))
+    return replace(here, memory_free_bytes=here.memory_free_bytes + more)
 
 
 def _why_not(source: str, quantization: str, device: str, error: Exception) -> str:
     """What failed, the likely cause, and what mends it."""
-    lines = str(error).strip().splitlines()
-    first, text = (lines[0] if lines else type(error).__name__), str(error).lower()
-    head = f"could not load {source} ({quantization}, {device}): {first}"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    said = (" ".join(lines[:2]) or type(error).__name__).rstrip(".:")
+    text = str(error).lower()
+    head = f"could not load {source} ({quantization}, {device}): {said}"
     if "gated repo" in text or "access to model" in text or "restricted" in text:
         return f"{head}. Accept the licence on the model's page, then set HF_TOKEN to a token of that account"
     if "is not a local folder and is not a valid model identifier" in text or "repository not found" in text:
         return f"{head}. Check the spelling of the hub id; a private model also needs HF_TOKEN"
     if "out of memory" in text or "can't allocate memory" in text:
         return f"{head}. See what fits here: dsr1kit fits"
-    return (
-        f"{head}. Check the name, that it is downloaded (dsr1kit weights; with HF_HUB_OFFLINE set nothing is) and that "
-        "it has safetensors weights"
-    )
+    if "not compiled with cuda" in text or "no nvidia driver" in text or "cuda-capable device" in text:
+        return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
+    if "safetensor" in text or "header" in text:
+        return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and "/" in source:
+        return (
+            f"could not load {source}: it is not on this machine, and HF_HUB_OFFLINE is set, so nothing was asked for. "
+            f"Unset it, and fetch the model: dsr1kit weights {source}"
+        )
+    if "connect" in text or "couldn't find them in the cached files" in text:
+        return (
+            f"{head}. The hub could not be reached: set HF_ENDPOINT to a mirror, or fetch the model elsewhere with "
+            f"dsr1kit weights {source} --source modelscope"
+        )
+    return f"{head}. Check the name, that it is a model of transformers, and that it has safetensors weights"
 
 
 def _refuse_wrong_products(model: Any) -> None:
