@@ -16,6 +16,11 @@ if here := os.environ.get("FAKE_ENGINE_TOLD"):
 print("fake engine: loading with the key sk-proj-Abcd1234Efgh5678Ijkl", flush=True)
 if mode == "dies":
     sys.exit("ValueError: the shards are of another model")
+if mode == "points back":
+    print("ERROR 11-24 [core.py:9] Traceback (most recent call last):", flush=True)
+    print("ERROR 11-24 [core.py:9] ValueError: the heads are not divisible", flush=True)
+    print("\n".join(f"  frame {number}" for number in range(100)), flush=True)
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
 if mode == "memory":
     print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 14.00 GiB", flush=True)
     sys.exit(1)
@@ -45,6 +50,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(401)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if mode == "strict" and "thinking_budget" in body:
+            refusal = b'{"detail": "Unexpected fields in the request: {\'thinking_budget\'}"}'
+            self.send_response(422)
+            self.send_header("Content-Length", str(len(refusal)))
+            self.end_headers()
+            self.wfile.write(refusal)
             return
         deltas = [{"reasoning_content": "2 and 2"}, {"content": "is 4"}]
         pieces = [{"model": body["model"], "choices": [{"index": 0, "delta": d}]} for d in deltas]

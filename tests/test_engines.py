@@ -25,13 +25,14 @@ from dsr1kit.local.engine_commands import CONTEXT_GPU, Serving, choose_engine, c
 from dsr1kit.local.engine_process import ending, tail_of
 from dsr1kit.local.engine_stage import stage
 from dsr1kit.local.engines import Engine, channel_toml
-from dsr1kit.local.hardware import DISTILL, Gpu
+from dsr1kit.local.hardware import DISTILL, Gpu, Hardware
 from dsr1kit.paths import data_dir
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py")), "--port", "{port}"]
 QUESTION = [{"role": "user", "content": "What is 27 + 65?"}]
 ROOT = Path(__file__).resolve().parents[1]
 T4 = Gpu("Tesla T4", 15_800_000_000, 15_700_000_000, (7, 5), False)
+H200 = Gpu("H200", 150_000_000_000, 149_000_000_000, (9, 0), True)
 P100 = Gpu("Tesla P100", 17_000_000_000, 17_000_000_000, (6, 0), False)
 
 
@@ -169,11 +170,31 @@ def failed(engine: Engine) -> str:
     return str(raised.value)
 
 
-def test_an_engine_that_dies_while_loading_is_told_with_its_exit_code_and_the_end_of_its_log(monkeypatch):
+def test_an_engine_that_dies_while_loading_is_told_with_its_exit_code_and_its_last_exception(monkeypatch):
     message = failed(fake("dies", monkeypatch))
     assert "ended with exit code 1" in message
     assert "ValueError: the shards are of another model" in message
-    assert "loading with the key [redacted]" in message
+    assert "Traceback" not in message
+
+
+def test_the_cause_is_told_where_the_last_exception_only_points_back_to_it(monkeypatch):
+    message = failed(fake("points back", monkeypatch))
+    assert "ended with exit code 1: ValueError: the heads are not divisible. Likely its weights" in message
+    assert "frame" not in message
+
+
+def test_an_older_run_in_the_same_log_is_not_taken_for_the_cause(monkeypatch, tmp_path):
+    log = tmp_path / "engine.log"
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory\n")
+    with pytest.raises(RunError) as raised:
+        run(fake("dies", monkeypatch, log_path=log))
+    assert "memory" not in str(raised.value)
+    assert log.read_text().startswith("torch.OutOfMemoryError"), "a log is appended to"
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_else(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere.*cannot be written \(No such file or directory\).*--log"):
+        run(Engine("no-such-org/no-such-model", log_path=tmp_path / "nowhere" / "x.log"))
 
 
 def test_out_of_memory_is_told_with_what_needs_less(monkeypatch):
@@ -271,6 +292,105 @@ def test_a_hub_model_that_cannot_be_downloaded_is_told_with_what_helps(monkeypat
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "ModelError: no-such-org/no-such-model could not be downloaded" in ran.stderr
     assert "HF_HUB_OFFLINE" in ran.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of tiny-r1 to break."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (data_dir() / "tiny-r1").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_damaged_files_are_told_before_an_engine_is_started(on_path, told, copied):
+    on_path("vllm")
+
+    def refused() -> str:
+        with pytest.raises(ModelError) as raised:
+            run(Engine(copied, engine="vllm"))
+        with pytest.raises(FileNotFoundError):
+            told()
+        return str(raised.value)
+
+    weights = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(weights[:-100])
+    assert "was not copied to its end or is damaged (copy it again): model.safetensors" in refused()
+    (copied / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    assert "model.safetensors is no whole safetensors file (2048 bytes)" in refused()
+    (copied / "model.safetensors").write_bytes(weights)
+    config = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(config[:40])
+    assert "config.json cannot be read" in refused()
+    (copied / "config.json").write_text(config)
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    (copied / "tokenizer_config.json").write_text("{}")
+    assert "has no chat template" in refused()
+
+
+def test_a_damaged_adapter_is_told_before_an_engine_is_started(on_path, told, tmp_path):
+    on_path("vllm")
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ModelError, match=r"lora was not copied.*adapter_model.safetensors is no whole"):
+        run(Engine("tiny-r1", engine="vllm", adapter=adapter))
+    with pytest.raises(FileNotFoundError):
+        told()
+
+
+def with_gpus(monkeypatch, *gpus: Gpu) -> None:
+    machine = Hardware(gpus, 8, "", frozenset(), 64 << 30, 60 << 30, False)
+    monkeypatch.setattr("dsr1kit.local.engines.look", lambda: machine)
+
+
+def shaped(folder: Path, **sizes: int) -> None:
+    """Let the folder's config.json speak of a bigger model, DeepSeek-R1-Distill-Qwen-7B but for what is given."""
+    config = {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+
+
+@pytest.mark.parametrize(("gpus", "spread"), [((T4, T4, T4), "2"), ((T4, T4, T4, T4, T4), "4"), ((H200, H200), "1")])
+def test_vllm_spreads_a_model_that_one_gpu_does_not_hold(on_path, told, copied, monkeypatch, gpus, spread):
+    on_path("vllm")
+    monkeypatch.setenv("FAKE_ENGINE", "well")
+    with_gpus(monkeypatch, *gpus)
+    shaped(copied)
+    run(Engine(copied, engine="vllm"))
+    given = told()["arguments"]
+    assert given[given.index("--tensor-parallel-size") + 1] == spread
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would_before_an_engine_is_started(
+    on_path, told, copied, monkeypatch
+):
+    on_path("vllm")
+    with_gpus(monkeypatch, T4)
+    shaped(copied, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40)
+    with pytest.raises(ModelError, match=r"does not fit: .* GiB short\. What would fit: "):
+        run(Engine(copied, engine="vllm"))
+    with pytest.raises(FileNotFoundError):
+        told()
+
+
+def test_transformers_which_knows_no_cap_of_the_thinking_is_asked_without_one(monkeypatch):
+    monkeypatch.setattr(engine_commands, "program", lambda engine: FAKE[:2])
+    monkeypatch.setenv("FAKE_ENGINE", "strict")
+    capped = Sampling(max_thinking_tokens=5)
+
+    async def scenario(r1):
+        async with r1.channel.open() as channel:
+            return await r1.ask(QUESTION, capped), await channel.ask(QUESTION, capped)
+
+    here, there = run(Engine("tiny-r1", engine="transformers"), scenario)
+    assert here.outcome == "ok"
+    assert there.outcome == "bad_request"
+    assert "ask without --max-thinking-tokens" in there.detail
 
 
 # --- which engine, and its command line ------------------------------------------------------------------------
@@ -523,8 +643,10 @@ def serve(*arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_command_tells_its_url_first_and_a_signal_ends_it_with_its_engine(on_path, gguf, told, tmp_path, number):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup, and what is started here ignores it too")
     on_path("llama-server")
     out = tmp_path / "channel.toml"
     with serve(gguf, "--out", out, "--json") as served:

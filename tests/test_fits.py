@@ -13,7 +13,7 @@ from dsr1kit.config import read_toml
 from dsr1kit.errors import ModelError, UnknownName, UsageError
 from dsr1kit.local.fits import ROOM, advise, best, plan, recommend
 from dsr1kit.local.machines import find_hardware, machines
-from dsr1kit.local.memory import GIB, PRECISIONS, need, weight_bytes
+from dsr1kit.local.memory import GIB, PRECISIONS, available, need, weight_bytes
 from dsr1kit.local.shapes import distinct, find_shape, shape_of_config, shapes
 from dsr1kit.paths import data_dir
 
@@ -242,13 +242,29 @@ def test_the_longest_context_is_the_longest_that_fits(machine):
         if fit.state == "no" or fit.longest_context == fit.shape.context:
             continue
         at = find_hardware(machine)
-        split = len(at.gpus) if at.gpus and fit.available_bytes > at.gpus[0].free_bytes else 1
 
-        def total(tokens: int, fit=fit, at=at, split=split) -> int:
-            device = "cuda" if at.gpus else "cpu"
-            return need(fit.shape, precision=fit.precision, context=tokens, device=device, gpus=split).total
+        def holds(tokens: int, fit=fit, at=at) -> bool:
+            def total(gpus: int) -> int:
+                device = "cuda" if at.gpus else "cpu"
+                return need(fit.shape, precision=fit.precision, context=tokens, device=device, gpus=gpus).total
 
-        assert total(fit.longest_context) <= fit.available_bytes < total(fit.longest_context + 1)
+            one = at.gpus[0].free_bytes if at.gpus else at.memory_free_bytes
+            return total(1) <= one or (len(at.gpus) > 1 and total(len(at.gpus)) <= available(at))
+
+        assert holds(fit.longest_context)
+        assert not holds(fit.longest_context + 1)
+
+
+def test_the_longest_context_over_many_gpus_does_not_depend_on_the_one_asked_for():
+    def row(context: int):
+        (fit,) = [fit for fit in plan("8xh100", model="70b", context=context) if fit.precision == "8bit"]
+        return fit
+
+    alone, split = row(4096), row(30_000)
+    assert alone.longest_context == split.longest_context == 131_072
+    assert alone.available_bytes < split.available_bytes
+    assert "tokens take all 8 GPUs" in alone.note
+    assert "over 8 GPUs" in split.note
 
 
 @pytest.mark.parametrize("machine", sorted(machines()))
@@ -291,6 +307,41 @@ def test_fine_tuning_is_planned_in_the_precisions_that_can_be_tuned():
     value, reason = recommend("t4", context=2048, purpose="qlora")
     assert value == "0528-8b nf4"
     assert "trains" in reason
+
+
+def test_tuning_names_what_trains_only_tightly_and_says_nothing_of_answering():
+    value, reason = recommend("t4", purpose="qlora")
+    assert value == "1.5b nf4"
+    assert "with room to spare" in reason
+    assert reason.split("tightly: ")[1] == "8b nf4, 7b nf4"
+    assert "tightly" not in recommend("h100", purpose="qlora")[1]
+    for purpose in ("qlora", "lora"):
+        assert not any("tokens/s" in fit.note or "serve" in fit.note for fit in plan("t4", purpose=purpose))
+
+
+def test_r1_itself_cannot_be_tuned_in_4bit_and_the_advice_says_why_and_what_can():
+    told = advise("671b", "8xh200", precision="nf4", context=4096, batch=2, purpose="qlora")
+    assert "experts" in told
+    assert "short" not in told
+    assert "What would fit: DeepSeek-R1-Distill-Llama-70B in nf4" in told
+
+
+def test_llama_cpp_over_many_gpus_is_noted_as_such_and_no_faster_than_one():
+    fits = {(fit.model, fit.precision): fit for fit in plan("8xh100")}
+    packed, whole = fits["671b", "q4_k_m"], fits["671b", "8bit"]
+    assert "llama.cpp" in packed.note
+    assert "vLLM" not in packed.note
+    assert "vLLM" in whole.note
+    assert packed.tokens_per_s_bound < whole.tokens_per_s_bound
+
+
+@pytest.mark.parametrize("machine", sorted(machines()))
+def test_only_a_model_with_a_higher_bound_is_called_faster(machine):
+    value, reason = recommend(machine)
+    if "faster by the bounds" not in reason:
+        return
+    bounds = {f"{fit.model} {fit.precision}": fit.tokens_per_s_bound for fit in plan(machine)}
+    assert bounds[reason.rsplit(": ", 1)[1]] > bounds[value]
 
 
 def test_speeds_are_bounds_that_known_measurements_stay_under():
@@ -369,6 +420,53 @@ def test_one_model_is_broken_down():
     assert done.returncode == 0, done.stderr
     for word in ("weights", "kv cache", "activations", "overhead", "nf4", "q4_k_m"):
         assert word in done.stdout
+
+
+def test_a_model_that_cannot_be_had_so_ends_with_1_and_says_why():
+    done = fits("671b", "--for", "qlora", "--on", "8xh200")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("dsr1kit: ")
+    assert "experts" in done.stderr
+    done = fits("671b", "--for", "qlora", "--on", "8xh200", "--json")
+    assert done.returncode == 1
+    told = json.loads(done.stdout)
+    assert told["fits"] == told["recommended"]["commands"] == []
+    assert "experts" in told["recommended"]["reason"]
+
+
+def test_the_tuning_tables_keep_r1_itself_and_have_no_speeds():
+    done = fits("--on", "t4", "--for", "qlora")
+    assert done.returncode == 0, done.stderr
+    assert ["671b", "-"] in [line.split() for line in done.stdout.splitlines()]
+    assert "- alone" in done.stdout
+    done = fits("8b", "--on", "t4", "--for", "qlora")
+    assert done.returncode == 0, done.stderr
+    assert "optimizer" in done.stdout
+    assert "tokens/s" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (("--on", "cpu-16gb"), "--context 16384 --batch 1"),
+        (("--on", "cpu-16gb", "--batch", "2"), "--context 16384 --batch 2"),
+        (("--on", "8xh200", "--context", "20000"), "--engine vllm --context 20000 --batch 1"),
+        (("1.5b", "--on", "8xh200", "--context", "200000"), "--context 131072 --batch 1"),
+    ],
+)
+def test_the_printed_serve_command_takes_the_planned_sizes(arguments, sizes):
+    done = fits(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert sizes in next(line for line in done.stdout.splitlines() if "dsr1kit serve" in line)
+
+
+def test_a_named_machines_title_has_its_own_key_in_json():
+    told = json.loads(fits("--on", "t4", "--json").stdout)["hardware"]
+    assert told["title"] == "NVIDIA T4 16 GB, as in Colab"
+    assert told["cpu"] == ""
+    here = json.loads(fits("--json").stdout)["hardware"]
+    assert here["title"] == ""
 
 
 def test_json_is_one_object_for_this_machine():

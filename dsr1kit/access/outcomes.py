@@ -77,6 +77,8 @@ def from_status(status: int, body: bytes) -> tuple[Outcome, str]:
     """Outcome and detail of a response that is not 200."""
     words = _words_of(body)
     fact = f"HTTP {status}" + (f' "{words}"' if words else "")
+    if "thinking_budget" in words:
+        fact += " (this server cannot cap the thinking: ask without --max-thinking-tokens)"
     return (outcome := _of_status(status, words)), detail(outcome, fact)
 
 

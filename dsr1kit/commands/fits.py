@@ -35,7 +35,7 @@ def fits(
     """
     from dsr1kit.local.fits import advise, best, plan, precisions_for, recommend
     from dsr1kit.local.hardware import look
-    from dsr1kit.local.machines import find_hardware
+    from dsr1kit.local.machines import find_hardware, machines
     from dsr1kit.local.memory import available
 
     at = find_hardware(on) if on else look()
@@ -44,21 +44,25 @@ def fits(
     runs = [fit for fit in found if fit.state != "no"]
     if model:
         pick = chosen or (runs[0] if runs else None)
-        advice = "" if pick else advise(
-            model, at, precision=found[-1].precision, context=context, batch=batch, purpose=for_
-        )  # fmt: skip
+        # A model that can be had in none of the precisions has no row; the advice says why.
+        least = found[-1].precision if found else precisions_for(at, for_)[-1]
+        advice = "" if pick else advise(model, at, precision=least, context=context, batch=batch, purpose=for_)
         value, reason = (f"{pick.model} {pick.precision}", pick.note) if pick else ("", advice)
     else:
         pick, (value, reason) = chosen, recommend(at, context=context, batch=batch, purpose=for_)
-    lines = [] if model and pick is None else _commands(pick, at, context, for_)
+    lines = [] if model and pick is None else _commands(pick, at, context, batch, for_)
+    title = machines()[at.name].title if at.name else ""
     if as_json:
         print_json({
-            "hardware": {**asdict(at), "cpu_features": sorted(at.cpu_features), "available_bytes": available(at)},
+            # Of a machine known by name the title stands where this one has its processor's name.
+            "hardware": {**asdict(at), "title": title, "cpu": "" if title else at.cpu,
+                         "cpu_features": sorted(at.cpu_features), "available_bytes": available(at)},
             "context": context, "batch": batch, "purpose": for_, "fits": [fit.as_dict() for fit in found],
             "recommended": {"value": value, "reason": reason, "commands": lines},
         })  # fmt: skip
     else:
-        _show(found, at, precisions_for(at, for_), model is not None)
+        if found:
+            _show(found, at, precisions_for(at, for_), model is not None)
         if value:
             print(f"\nrun first: {value}" + (f": {reason}" if reason else ""))
         for line in lines:
@@ -75,29 +79,35 @@ def _show(found: list[Fit], at: Hardware, precisions: tuple[str, ...], one: bool
 
     from dsr1kit.commands.show import _out
     from dsr1kit.local.memory import GIB, available
+    from dsr1kit.local.shapes import distinct
 
     many = f" and {len(at.gpus) - 1} more" if at.gpus[1:] else ""
     name = at.cpu if at.name or not at.gpus else f"{at.gpus[0].name}{many}"
     console = _out(110)
     console.print(Text(f"{name or 'this computer'}: {available(at) / GIB:.1f} GiB free"), soft_wrap=True)
+    legend = "GiB needed; + fits, ~ tight, - does not fit"
     if one:
+        rated = any(fit.tokens_per_s_bound for fit in found)
+        speed = ["at most tokens/s"] if rated else []
         parts = list(dict.fromkeys(name for fit in found for name, _ in fit.need.parts()))
         table = Table("precision", *(part.replace("_", " ") for part in parts), "total GiB", "longest context",
-                      "at most tokens/s", box=None, header_style="bold", pad_edge=False)  # fmt: skip
+                      *speed, box=None, header_style="bold", pad_edge=False)  # fmt: skip
         for fit in found:
             sizes = dict(fit.need.parts())
-            rate = f"{fit.tokens_per_s_bound:.0f}" if fit.tokens_per_s_bound else ""
+            rate = [f"{fit.tokens_per_s_bound:.0f}" if fit.tokens_per_s_bound else ""] if rated else []
             cells = [Text(f"{sizes.get(part, 0) / GIB:.2f}") for part in parts]
-            table.add_row(fit.precision, *cells, _cell(fit), f"{fit.longest_context:,}", rate)
+            table.add_row(fit.precision, *cells, _cell(fit), f"{fit.longest_context:,}", *rate)
     else:
         table = Table("model", *precisions, box=None, header_style="bold", pad_edge=False)
-        by_model: dict[str, dict[str, Fit]] = {}
+        by_model: dict[str, dict[str, Fit]] = {shape.name: {} for shape in distinct() if shape.kind != "check"}
         for fit in found:
-            by_model.setdefault(fit.model, {})[fit.precision] = fit
+            by_model[fit.model][fit.precision] = fit
+        if any(len(row) < len(precisions) for row in by_model.values()):
+            legend += "; - alone: cannot be had so"
         for name, row in by_model.items():
-            table.add_row(name, *(_cell(row[kind]) if kind in row else Text("") for kind in precisions))
+            table.add_row(name, *(_cell(row[kind]) if kind in row else Text("-", style="dim") for kind in precisions))
     console.print(table)
-    console.print(Text("GiB needed; + fits, ~ tight, - does not fit"), style="dim")
+    console.print(Text(legend), style="dim")
     for fit in found if one else ():
         if fit.note:
             console.print(Text(f"{fit.precision}: {fit.note}"), style="dim", soft_wrap=True)
@@ -112,8 +122,10 @@ def _cell(fit: Fit) -> Text:
     return Text(f"{sign} {fit.need.total / GIB:.1f}", style=style)
 
 
-def _commands(fit: Fit | None, at: Hardware, context: int, purpose: str) -> list[str]:
+def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: str) -> list[str]:
     """What to type to run it; for fine-tuning only the download, whose trainer has its own page."""
+    from dsr1kit.local.fits import ROOM
+
     if fit is None:
         return ['dsr1kit ask --local tiny-r1 "What is 12 + 30?"']
     shape = fit.shape
@@ -126,9 +138,13 @@ def _commands(fit: Fit | None, at: Hardware, context: int, purpose: str) -> list
         fetch = [f"dsr1kit weights {source}"]
     if purpose != "inference":
         return fetch
+    # The room that the recommendation counts on, or what was asked for; without --batch an engine takes more rows.
+    tokens = max(min(fit.longest_context, ROOM), min(context, shape.context))
+    sizes = f"--context {tokens} --batch {batch}"
     if fit.precision == "q4_k_m":
-        return [*fetch, f"dsr1kit serve {source} --engine llama.cpp --context {context}"]
+        return [*fetch, f"dsr1kit serve {source} --engine llama.cpp {sizes}"]
     if shape.latent or len(at.gpus) > 1:
-        return [*fetch, f"dsr1kit serve {source} --engine vllm --context {context}"]
+        packed = " --quantization 4bit" if fit.precision == "nf4" else ""
+        return [*fetch, f"dsr1kit serve {source} --engine vllm {sizes}{packed}"]
     bits = {"nf4": " --quantization 4bit", "8bit": " --quantization 8bit"}.get(fit.precision, "")
     return [*fetch, f'dsr1kit ask --local {source}{bits} "How many primes are below 60?"']

@@ -54,7 +54,10 @@ def serve(
         nonlocal ready
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs has one
-        for name in (signal.SIGINT, signal.SIGTERM):
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it: the terminal may go
+            ends.append(signal.SIGHUP)
+        for name in ends:
             asyncio.get_running_loop().add_signal_handler(name, task.cancel)
         async with served as r1:
             ready = True

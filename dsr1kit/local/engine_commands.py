@@ -49,6 +49,7 @@ class Serving:
         dtype: of the weights or, when quantized, of the products; torch's name.
         adapter: a LoRA's folder (a GGUF file for llama.cpp).
         thinks: whether the chat template knows R1's think tags.
+        gpus: over how many vLLM spreads the model.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Serving:
     quantization: Quantization = "none"
     adapter: Path | None = None
     thinks: bool = True
+    gpus: int = 1
 
 
 def program(engine: str) -> list[str]:
@@ -128,7 +130,7 @@ def command(engine: str, serving: Serving) -> list[str]:
         arguments = vllm_arguments(
             str(serving.weights), host="127.0.0.1", port=serving.port, context=serving.context, batch=serving.batch,
             served_as=serving.name, dtype=serving.dtype, quantization=serving.quantization, adapter=serving.adapter,
-            thinks=serving.thinks,
+            thinks=serving.thinks, gpus=serving.gpus,
         )  # fmt: skip
     else:
         arguments = (_llama_arguments if engine == "llama.cpp" else _transformers_arguments)(serving)
@@ -147,6 +149,7 @@ def vllm_arguments(
     quantization: Quantization = "none",
     adapter: Path | None = None,
     thinks: bool = True,
+    gpus: int = 1,
 ) -> list[str]:
     """What follows `vllm serve`, here and in compose.yaml.
 
@@ -154,12 +157,13 @@ def vllm_arguments(
         model: a folder or hub id.
         served_as: the name in requests; with an adapter, the adapter's. Empty: `model`.
         dtype: `float16` on GPUs without bfloat16.
+        gpus: over how many the model is spread.
 
     Raises:
         ModelError: the adapter is none.
     """
     given = [model, "--host", host, "--port", str(port), "--max-num-seqs", str(batch), "--max-model-len", str(context)]
-    given += ["--dtype", dtype]
+    given += ["--dtype", dtype, "--tensor-parallel-size", str(gpus)]
     if thinks:  # it refuses to start with a tokenizer that lacks the think tags
         given += ["--reasoning-parser", "deepseek_r1"]
     if quantization == "4bit":

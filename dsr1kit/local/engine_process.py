@@ -25,7 +25,7 @@ from dsr1kit.keys import redact
 
 HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
-_TAIL_BYTES, _TAIL_LINES = 16_384, 20
+_TAIL_BYTES, _TAIL_LINES = 262_144, 20
 
 
 class Supervised:
@@ -51,6 +51,7 @@ class Supervised:
         self._command, self._log, self._environment = list(command), log, dict(environment)
         self._folder, self._stop_s = folder, stop_s
         self._process: asyncio.subprocess.Process | None = None
+        self._from = 0  # where in the log, which may be an older one's too, this run begins
 
     async def start(self) -> None:
         """Start it; that the program is missing shows as exit code 127.
@@ -58,7 +59,8 @@ class Supervised:
         Raises:
             OSError: the log cannot be written.
         """
-        with _opened(self._log) as log:
+        with opened(self._log) as log:
+            self._from = log.seek(0, os.SEEK_END)
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "dsr1kit.local.engine_process", str(self._stop_s), *self._command),
                 stdin=asyncio.subprocess.PIPE,
@@ -91,27 +93,29 @@ class Supervised:
             process.kill()  # the server dies with it
             await process.wait()
 
-    def tail(self) -> str:
-        """The end of its log, without keys."""
-        return tail_of(self._log)
+    def tail(self, lines: int = _TAIL_LINES) -> str:
+        """The last lines that this run wrote to its log, without keys."""
+        return tail_of(self._log, lines, start=self._from)
 
 
-def _opened(log: Path) -> IO[bytes]:
-    # What an engine logs is for nobody else's eyes.
+def opened(log: Path) -> IO[bytes]:
+    """Open a log to append to, which is for nobody else's eyes. Raises OSError where it cannot be written."""
     return open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
-def tail_of(log: Path) -> str:
-    """The last lines of a log, without keys; empty where there are none."""
+def tail_of(log: Path, lines: int = _TAIL_LINES, *, start: int = 0) -> str:
+    """The last lines of a log from byte `start` on, without keys; empty where there are none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            end = file.seek(0, os.SEEK_END)
+            # One that was emptied meanwhile is all this run's.
+            file.seek(max(start if start <= end else 0, end - _TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
     # A progress bar writes over its own line; what stood there last is what a terminal would show.
-    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
-    return redact("\n".join(lines[-_TAIL_LINES:]))
+    shown = [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+    return redact("\n".join(shown[-lines:]))
 
 
 def ending(code: int) -> str:

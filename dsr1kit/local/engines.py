@@ -28,7 +28,16 @@ from dsr1kit.access.channels import Channel, Family
 from dsr1kit.access.prices import Price
 from dsr1kit.errors import MissingExtra, ModelError, RunError, UnknownName, UsageError
 from dsr1kit.local import engine_commands as commands
-from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, taken
+from dsr1kit.local.engine_checks import (
+    ENDED_BY_OTHERS,
+    advice_for,
+    cause_in,
+    check_adapter,
+    check_room,
+    check_weights_of,
+    gpus_for,
+)
+from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
 from dsr1kit.local.load import locate
@@ -40,11 +49,7 @@ if TYPE_CHECKING:
 _HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 _Given = TypeVar("_Given")
 _LISTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|cannot allocate memory|failed to allocate|bad_alloc|MemoryError|"
-    r"no available memory for the cache|larger than the (?:maximum number of tokens|available KV cache)",
-    re.IGNORECASE,
-)
+_CAUSE_LINES = 1000  # of a log in which the cause of an end is looked for: vLLM's stands hundreds above its last line
 # They would make the engine ask for a key that the channel does not send.
 _KEYS_OF_ENGINES = ("VLLM_API_KEY", "LLAMA_API_KEY")
 
@@ -73,10 +78,10 @@ class Engine:
         engine, reason: which engine it became, and why.
 
     Raises:
-        UnknownName, UsageError: an option or a model that cannot be meant, a port that is taken, an engine that
-            is not installed.
-        ModelError: no such model.
-        RunError (on entering): the engine ended, or did not answer in time; the message ends with its log.
+        UnknownName, UsageError: an option or a model that cannot be meant, a port that is taken, a log that cannot
+            be written, an engine that is not installed.
+        ModelError: no such model, one with damaged files, or one whose weights do not fit.
+        RunError (on entering): the engine ended, or did not answer in time; the message says why and names its log.
     """
 
     emulated = False
@@ -154,9 +159,14 @@ class Engine:
         on_delta: OnDelta | None = None,
         due: float | None = None,
     ) -> Reply:
-        """Ask once; see `Backend.ask`. When the engine has died, the reply's detail tells how."""
+        """Ask once; see `Backend.ask`. When the engine has died, the reply's detail tells how.
+
+        `transformers serve` knows no cap of the thinking and refuses requests with one: it is left out for it.
+        """
         if self._client is None or self._process is None:
             raise UsageError(f"{self.name} is not open: async with Engine({self.source!r}) as r1: ...")
+        if self.engine == "transformers" and self._command is None:
+            sampling = replace(sampling, max_thinking_tokens=None)
         reply = await self._client.ask(messages, sampling, on_delta=on_delta, due=due)
         # The connection breaks a moment before the process is known to have ended.
         if reply.outcome in (Outcome.UNREACHABLE, Outcome.CUT) and await self._process.ended(1.0):
@@ -164,7 +174,7 @@ class Engine:
         return reply
 
     def died(self) -> str:
-        """How the engine ended, with the end of its log; empty while it runs or after it was closed."""
+        """How the engine ended, why by its log, and where that is; empty while it runs or after it was closed."""
         if self._process is None or self._process.code is None:
             return ""
         return self._ended(self._process)
@@ -179,13 +189,14 @@ class Engine:
 
     async def _prepared(self) -> commands.Serving:
         """Find the weights, choose the engine, and settle all that its command line says."""
+        self._check_log()
         place, gguf = locate(self.source)
         hardware = await asyncio.to_thread(look)
         self.engine, self.reason = commands.choose_engine(
             self._wanted, gguf=gguf is not None, gpus=hardware.gpus, quantization=self._quantization
         )
-        if self._adapter is not None and not self._adapter.exists():
-            raise ModelError(f"there is no adapter {self._adapter}; name the folder that save_pretrained() wrote")
+        if self._adapter is not None:
+            check_adapter(self._adapter)
         if self._command is None:
             commands.program(self.engine)  # a missing engine is told before gigabytes are fetched for it
         port = self._port or free_port()
@@ -201,14 +212,31 @@ class Engine:
         if self._context and most and self._context > most:
             raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
         usual = commands.CONTEXT_GPU if hardware.gpus else commands.CONTEXT_CPU
-        folder = weights.is_dir()
+        folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
+        if self._command is None:
+            await asyncio.to_thread(check_weights_of, weights)
+        if folder and self._command is None:
+            dtype, bits = await asyncio.to_thread(_dtype, weights, hardware), self._quantization
+            if self.engine == "vllm":
+                gpus = gpus_for(weights, hardware, dtype=dtype, quantization=bits, context=context)
+            used = replace(hardware, gpus=hardware.gpus[:gpus])
+            check_room(self.source, weights, used, dtype=dtype, quantization=bits)
         return commands.Serving(
-            name=name, weights=weights, port=port,
-            context=self._context or min(usual, most or usual), batch=self._batch or commands.BATCH[self.engine],
-            dtype=await asyncio.to_thread(_dtype, weights, hardware) if folder and not self._command else "auto",
+            name=name, weights=weights, port=port, context=context,
+            batch=self._batch or commands.BATCH[self.engine], dtype=dtype, gpus=gpus,
             device="cuda:0" if hardware.gpus else "cpu", quantization=self._quantization, adapter=self._adapter,
             thinks=folder and "<think>" in commands.chat_template(weights),
         )  # fmt: skip
+
+    def _check_log(self) -> None:
+        if not self._own_log:
+            try:
+                opened(self.log_path).close()
+            except OSError as error:
+                raise UsageError(
+                    f"the log {self.log_path} cannot be written ({error.strerror}): name a file in a folder that "
+                    "exists and is yours to write to (--log)"
+                ) from None
 
     def _channel(self, serving: commands.Serving) -> Channel:
         inline = self.engine == "transformers" and serving.thinks and not splits_thinking(serving.weights)
@@ -264,8 +292,9 @@ class Engine:
             raise RunError(self._ended(self._process))
         if not fine:
             raise RunError(
-                f"{self.engine} runs but does not answer ({reply.outcome.value}: {reply.detail}); "
-                + self._end_of_log(self._process)
+                f"{self.engine} runs but does not answer ({reply.outcome.value}: {reply.detail}); the log says: "
+                f"{(cause := self._cause(self._process)) or 'nothing'}. {advice_for(self.source, 0, cause)}"
+                + self._log(self._process)
             )
 
     async def _healthy(self, process: Supervised, deadline: float) -> None:
@@ -283,7 +312,7 @@ class Engine:
                             return
         raise RunError(
             f"{self.engine} was not ready after {self._start_s:g} s: give it longer (--start-s), or look why in its "
-            "log; " + self._end_of_log(process)
+            f"log, which says: {self._cause(process) or 'nothing'}. {self._log(process)}"
         )
 
     async def _slot_context(self, asked: int) -> int:
@@ -313,24 +342,20 @@ class Engine:
     # --- what is said when it fails -----------------------------------------------------------------------------
 
     def _ended(self, process: Supervised) -> str:
-        code, tail = process.code or 0, process.tail()
-        advice = ""
-        less = (
-            f"dsr1kit fits {self.source} says what fits here; less --context or --batch, or --quantization 4bit, helps"
-        )
-        if _OUT_OF_MEMORY.search(tail):
-            advice = f"It ran out of memory: {less}. "
-        elif code == 137:
-            advice = f"It was killed from outside; where the kernel did it for want of memory, {less}. "
-        elif "address already in use" in tail.lower():
-            advice = "Its port was taken meanwhile: try again. "
-        elif code == 132:
-            advice = "It was built for another processor: install one that was built for this one. "
-        return f"{self.engine} {ending(code)}. {advice}{self._end_of_log(process)}"
+        code, cause = process.code or 0, self._cause(process)
+        advice = advice_for(self.source, code, cause, process.tail())
+        if not cause:
+            return f"{self.engine} {ending(code)}. {advice}{self._log(process)}"
+        if code in ENDED_BY_OTHERS:
+            return f"{self.engine} {ending(code)}. {advice}Its log, {self.log_path}, ends: {cause}"
+        return f"{self.engine} {ending(code)}: {cause.rstrip('.')}. {advice}{self._log(process)}"
 
-    def _end_of_log(self, process: Supervised) -> str:
-        tail = process.tail()
-        return f"{self.log_path} ends:\n{tail}" if tail else f"it wrote nothing to {self.log_path}"
+    def _cause(self, process: Supervised) -> str:
+        # Who ended it by a signal did not write to the log: an error of hours ago is not the cause.
+        return cause_in(process.tail(1 if process.code in ENDED_BY_OTHERS else _CAUSE_LINES))
+
+    def _log(self, process: Supervised) -> str:
+        return f"Its log: {self.log_path}" if process.tail() else f"It wrote nothing to {self.log_path}"
 
 
 def channel_toml(channel: Channel) -> str:

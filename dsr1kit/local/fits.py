@@ -6,6 +6,7 @@ takes to read the weights once a token. Knows nothing about downloads or engines
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ class Fit:
         need: bytes, by part, at the context and batch asked for.
         available_bytes: what the machine has free for it.
         state: `fits`, `tight` (less than a tenth of the memory is left) or `no`.
-        longest_context: tokens, at most the model's own context; 0 where it does not fit at all.
+        longest_context: tokens, at most the model's own context, over all GPUs; 0 where it does not fit at all.
         tokens_per_s_bound: an estimate from above for one request, by memory bandwidth, never a measurement; for
             bitsandbytes' formats that of 16 bits, which they have not exceeded; None: unknown.
         note: what to know about it.
@@ -209,20 +210,32 @@ def advise(
     at = _machine(hardware)
     shape = find_shape(model) if isinstance(model, str) else model
     now = _fit(shape, precision, at, context, batch, purpose)
+    ways = _ways(shape, now, at, precision, context, batch, purpose)
     name = shape.title or "the model"
     place = "GPU memory" if at.gpus else "memory"
     size, free = now.need.total / GIB, now.available_bytes / GIB
-    if now.state == "no":
+    possible = _possible(shape, precision, purpose)
+    if not possible:
+        said = _why_impossible(shape, name, precision, purpose)
+    elif now.state == "no":
         said = f"{name} in {precision} needs {size:.1f} GiB at {context:,} tokens of context" + (
             f" and batch {batch}" if batch > 1 else ""
         ) + f", and {free:.1f} GiB of {place} are free: {size - free:.1f} GiB short."  # fmt: skip
     else:
         said = (f"{name} in {precision} should fit ({size:.1f} of {free:.1f} GiB of {place} at {context:,} tokens); "
                 "close other programs that hold some, or leave more room.")  # fmt: skip
-    ways = _ways(shape, now, at, precision, context, batch, purpose)
-    return f"{said} {'What would fit' if now.state == 'no' else 'Lighter'}: {'; '.join(ways)}." if ways else (
+    lead = "What would fit" if now.state == "no" or not possible else "Lighter"
+    return f"{said} {lead}: {'; '.join(ways)}." if ways else (
         f"{said} No R1 fits here: ask a hosted one (dsr1kit channels), or run tiny-r1, which is no R1."
     )  # fmt: skip
+
+
+def _why_impossible(shape: Shape, name: str, precision: str, purpose: str) -> str:
+    what = f"cannot be loaded in {precision}" if purpose == "inference" else f"cannot be tuned on {precision} weights"
+    if precision == "8bit" and shape.native == "fp8":
+        return f"{name} {what}: 8 bits are its native fp8, on which adapters do not train."
+    return (f"{name} {what}: bitsandbytes packs linear layers, and nearly all of its weights are experts, stacked in "
+            "tensors that it leaves in 16 bits.")  # fmt: skip
 
 
 def _ways(
@@ -233,9 +246,12 @@ def _ways(
         return fit.state != "no" and fit.need.total < now.need.total
 
     ways = []
-    if 512 <= now.longest_context < context:
+    possible = _possible(shape, precision, purpose)
+    if possible and 512 <= now.longest_context < context:
         ways.append(f"a context of at most {now.longest_context:,} tokens")
-    if rows := next((rows for rows in range(batch - 1, 0, -1) if fitting(shape, precision, context, rows)), 0):
+    if possible and (
+        rows := next((rows for rows in range(batch - 1, 0, -1) if fitting(shape, precision, context, rows)), 0)
+    ):
         ways.append(f"batch {rows}")
     kinds = precisions_for(at, purpose)
     fewer = kinds[kinds.index(precision) + 1 :] if precision in kinds else kinds
@@ -268,30 +284,54 @@ def _fit(shape: Shape, precision: str, at: Hardware, context: int, batch: int, p
         wanted, room, split = wants(context, many), available(at), True
     left = room - wanted.total
     state: State = "no" if left < 0 else "tight" if left < MARGIN * room else "fits"
-    low, high = 0, shape.context  # the longest context that fits, by halving
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if wants(middle, many if split else 1).total <= room else (low, middle - 1)
+    # A context too long for one GPU may still fit over all of them.
+    longest = reach = 0 if split else _longest(shape.context, lambda tokens: wants(tokens, 1).total <= alone)
+    if many > 1 and longest < shape.context:
+        longest = max(longest, _longest(shape.context, lambda tokens: wants(tokens, many).total <= available(at)))
     rate = bandwidth(at) if purpose == "inference" and shape.parameters >= SMALL else None
     # bitsandbytes' formats have decoded no faster than 16 bits, few as their bytes are.
     read_as = half_precision(at) if precision in _SLOWER and shape.native != "fp8" else precision
-    bound = rate * (many if split else 1) / read_bytes(shape, read_as, context) if rate else None
+    # llama.cpp gives each GPU some of the layers, so that one reads at a time; the others split every layer.
+    reading = many if split and precision != "q4_k_m" else 1
+    bound = rate * reading / read_bytes(shape, read_as, context) if rate else None
+    notes = [_splitting(precision, many, purpose)] if split and state != "no" else []
+    if 0 < reach < longest:
+        notes.append(
+            f"more than {reach:,} tokens take all {_splitting(precision, many, purpose).removeprefix('over ')}"
+        )
+    notes += _notes(shape, precision, at, asked, purpose)
     return Fit(
-        shape, precision, wanted, room, state, low,
-        None if bound is None or state == "no" else bound, _note(shape, precision, at, asked, state, split),
+        shape, precision, wanted, room, state, longest,
+        None if bound is None or state == "no" else bound, "; ".join(notes),
     )  # fmt: skip
 
 
-def _note(shape: Shape, precision: str, at: Hardware, context: int, state: State, split: bool) -> str:
+def _longest(most: int, holds: Callable[[int], bool]) -> int:
+    """The longest context up to `most` that holds, by halving; 0: none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _splitting(precision: str, gpus: int, purpose: str) -> str:
+    if purpose != "inference":
+        return f"over {gpus} GPUs, by a trainer that splits the model"
+    if precision == "q4_k_m":
+        return f"over {gpus} GPUs, which llama.cpp uses one after the other"
+    return f"over {gpus} GPUs, by an engine that splits the model (vLLM, SGLang)"
+
+
+def _notes(shape: Shape, precision: str, at: Hardware, context: int, purpose: str) -> list[str]:
     notes = []
-    if split and state != "no":
-        notes.append(f"over {len(at.gpus)} GPUs, by an engine that splits the model (vLLM, SGLang)")
-    if shape.latent:
-        notes.append("served by vLLM or SGLang, not by transformers")
-        if precision == "8bit":
-            notes.append("8bit is its native fp8")
-    elif precision in _SLOWER:
-        notes.append(_SLOWER[precision])
+    if purpose == "inference" and precision != "q4_k_m":
+        if shape.latent:
+            notes.append("served by vLLM or SGLang, not by transformers")
+            if precision == "8bit":
+                notes.append("8bit is its native fp8")
+        elif precision in _SLOWER:
+            notes.append(_SLOWER[precision])
     if precision in _wrong(shape, at):
         notes.append("wrong on a processor: rows are no multiple of 64 weights")
     if precision == "q4_k_m":
@@ -302,7 +342,7 @@ def _note(shape: Shape, precision: str, at: Hardware, context: int, state: State
         notes.append(f"its own context ends at {shape.context:,} tokens")
     if not shape.exact:
         notes.append("an architecture that is only estimated")
-    return "; ".join(notes)
+    return notes
 
 
 def _score(fit: Fit) -> float:
@@ -322,7 +362,13 @@ def _reason(chosen: Fit, fits: list[Fit], at: Hardware) -> str:
     said = [f"it takes {need_gib:.1f} of {room_gib:.1f} GiB"]
     if chosen.need.optimizer:
         slow = "; a processor takes hours for what a T4 does in minutes" if not at.gpus else ""
-        return f"the strongest that trains here: {said[0]}{', tightly' if chosen.state == 'tight' else ''}{slow}"
+        if chosen.state == "tight":
+            return f"the strongest that trains here: {said[0]}, tightly{slow}"
+        tight = [f"{fit.model} {fit.precision}" for fit in fits
+                 if fit.state == "tight" and fit.shape.kind in ("r1", "distill")
+                 and (_score(fit), fit.parameters) > (_score(chosen), chosen.parameters)]  # fmt: skip
+        where = "with room to spare" if tight else "here"
+        return f"the strongest that trains {where}: {said[0]}{'; tightly: ' if tight else ''}{', '.join(tight)}{slow}"
     said.append(f"has room for {chosen.longest_context:,} tokens")
     if score := _score(chosen):
         said.append(f"solves {score:.1f} % of AIME 2024 by its card")
@@ -334,6 +380,11 @@ def _reason(chosen: Fit, fits: list[Fit], at: Hardware) -> str:
     if chosen.precision not in ("nf4", "q4_k_m"):
         return f"the strongest that fits in 16 bits, which decode faster than 4-bit: {text}"
     whole = [fit for fit in fits if fit.precision == half_precision(at) and fit.state == "fits"]
-    fast = _strongest([fit for fit in whole if fit.shape.kind == "distill" and fit.model != chosen.model])
-    quick = f"; faster and weaker: {fast.model} {fast.precision}" if fast else ""
-    return f"the strongest that leaves room to think, in 4-bit, since more bits do not fit: {text}{quick}"
+    fast = _strongest([
+        fit for fit in whole if fit.shape.kind == "distill" and fit.model != chosen.model
+        and (fit.tokens_per_s_bound or 0.0) > (chosen.tokens_per_s_bound or float("inf"))
+    ])  # fmt: skip
+    quick = f"; faster by the bounds, and weaker: {fast.model} {fast.precision}" if fast else ""
+    squeezed = any(fit.model == chosen.model and fit.state != "no" and _unpacked(fit, at) for fit in fits)
+    more = "fit only tightly" if squeezed else "do not fit"
+    return f"the strongest that leaves room to think, in 4-bit, since more bits {more}: {text}{quick}"
