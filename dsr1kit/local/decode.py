@@ -14,7 +14,7 @@ import torch
 
 from dsr1kit.local.draw import draw, generator_of
 from dsr1kit.local.memory import CHUNK, TOGETHER
-from dsr1kit.local.slots import SlotCache
+from dsr1kit.local.slots import SlotCache, read_one
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,22 +188,10 @@ class SlotMemory:
                 self._graphs = None
         ids = torch.tensor(last, device=self._device)[:, None]
         at = torch.tensor(positions, device=self._device)
-        mask = None
-        if min(positions) == max(positions):
+        alike = min(positions) == max(positions)
+        if alike:
             self._cache.prefill(0, len(rows), positions[0])
-        else:
-            self._cache.decode(at, reach)
-            mask = (torch.arange(reach, device=self._device)[None] <= at[:, None])[:, None, None]
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=at[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        scores: torch.Tensor = logits[:, -1].float()
-        return scores
+        return read_one(self._model, self._cache, ids, at, None if alike else reach)
 
     def remove(self, at: int, rows: Sequence[Row]) -> None:
         """The last row moves into the gap."""

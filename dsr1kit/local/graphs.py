@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsr1kit.local.slots import SlotCache, read_one
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from dsr1kit.local.slots import SlotCache
 
 _LEAST = 256  # positions of the smallest recording
 _WARM_UP = 3  # passes before recording: libraries choose their kernels in them
@@ -59,7 +59,7 @@ class Graphs:
         ids = torch.tensor([*tokens, *[0] * (rows - count)])[:, None]
         at = torch.tensor([*positions, *[0] * (rows - count)])
         if not self._record:
-            return self._pass(ids.to(self._device), at.to(self._device), reach)[:count]
+            return read_one(self._model, self._cache, ids.to(self._device), at.to(self._device), reach)[:count]
         if (rows, reach) not in self._recorded:
             try:
                 self._recorded[rows, reach] = self._recording(ids, at, reach)
@@ -78,20 +78,6 @@ class Graphs:
         self._recorded.clear()
         self._version = self._cache.version
 
-    def _pass(self, ids: torch.Tensor, at: torch.Tensor, reach: int) -> torch.Tensor:
-        self._cache.decode(at, reach)
-        mask = (torch.arange(reach, device=self._device)[None] <= at[:, None])[:, None, None]
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=at[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        scores: torch.Tensor = logits[:, -1].float()
-        return scores
-
     def _recording(
         self, ids: torch.Tensor, at: torch.Tensor, reach: int
     ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,10 +86,10 @@ class Graphs:
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP):
-                self._pass(held_ids, held_at, reach)
+                read_one(self._model, self._cache, held_ids, held_at, reach)
         torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            scores = self._pass(held_ids, held_at, reach)
+            scores = read_one(self._model, self._cache, held_ids, held_at, reach)
         self._pool = self._pool or graph.pool()
         return graph, held_ids, held_at, scores

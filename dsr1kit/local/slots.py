@@ -7,6 +7,8 @@ tensors alone; nothing about requests, drawing or threads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -120,3 +122,29 @@ class SlotCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """How many positions attention reads, and which is the first."""
         return self._begin + query_length, 0
+
+
+def read_one(model: Any, cache: SlotCache, ids: torch.Tensor, at: torch.Tensor, reach: int | None) -> torch.Tensor:
+    """One pass of a causal language model over one token a row; returns scores [B, V].
+
+    Args:
+        model, cache: of transformers; the cache of its rows.
+        ids: the tokens, [B, 1].
+        at: their positions, [B].
+        reach: positions that attention sees, those behind a row's own masked; None: they are the same in all
+            rows and set on the cache, and nothing is masked.
+    """
+    mask = None
+    if reach is not None:
+        cache.decode(at, reach)
+        mask = (torch.arange(reach, device=at.device)[None] <= at[:, None])[:, None, None]
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=at[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    scores: torch.Tensor = logits[:, -1].float()
+    return scores
