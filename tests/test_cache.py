@@ -492,7 +492,7 @@ def test_keys_are_equal_just_where_requests_are(one, other):
 def test_any_field_that_differs_gives_another_key(messages, sampling, data):
     key = reply_key(*CHANNEL, messages, sampling)
     field = data.draw(st.sampled_from([f.name for f in fields(Sampling)]))
-    value = {"temperature": 0.25, "top_p": 0.25}.get(field, 77)
+    value = {"temperature": 0.25, "top_p": 0.25, "min_thinking_tokens": 1, "stop": ("77",)}.get(field, 77)
     others = [
         (*CHANNEL, messages, replace(sampling, **{field: value})),
         (("https://a.example/v2",), *CHANNEL[1:], messages, sampling),

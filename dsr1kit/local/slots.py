@@ -63,6 +63,7 @@ class SlotCache(Cache):
     def release(self) -> None:
         """Give all memory back."""
         self._keys, self._values = [], []
+        self._at = self._rows = None
         self.slots, self.capacity = 0, 0
         self.version += 1
 
