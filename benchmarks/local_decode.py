@@ -17,50 +17,31 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fit_truth
 
 from dsr1kit.local.decode import Decoder, run_rows
 from dsr1kit.local.load import load, quiet
 from dsr1kit.local.rows import Row
-from dsr1kit.paths import data_dir
 from dsr1kit.records import Sampling
 
 GREEDY = Sampling(temperature=0.0)
-
-
-def random_model(name: str, folder: Path) -> str:
-    """A folder with a model of a named shape and random weights: speed does not depend on the values."""
-    from dsr1kit.local.shapes import find_shape
-
-    shape = find_shape(name)
-    config = AutoConfig.for_model(
-        "qwen2",
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=shape.tied,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(data_dir() / "tiny-r1").save_pretrained(folder)
-    return str(folder)
 
 
 class Plain:
     """`model.generate`, padded on the left."""
 
     def __init__(self, loaded) -> None:
-        self._model, self._pad = loaded.model, loaded.marks.pad
+        self._model, self._pad = loaded.model, min(loaded.marks.ends)
 
     def many(self, prompts: list[list[int]], limits: list[int], at_once: int) -> list[list[int]]:
         out: list[list[int]] = []
@@ -149,7 +130,9 @@ def main() -> None:
     parser.add_argument("--vllm", action="store_true", help="beside vLLM, where it is installed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = random_model(args.random, Path(folder)) if args.random else args.model
+        if args.random:
+            fit_truth.write_model(args.random, Path(folder))
+        source = folder if args.random else args.model
         loaded = load(source, args.quantization, "auto", args.dtype, None)
         print(
             f"{args.random or Path(args.model).name}: {loaded.parameters:,} parameters, {loaded.device}, "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from dsr1kit.commands import access, fits, runs, serve, weights  # noqa: F401 - they register their commands
 from dsr1kit.commands.shared import (
@@ -15,9 +14,6 @@ from dsr1kit.commands.shared import (
     fail,
 )
 from dsr1kit.errors import Dsr1kitError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from dsr1kit.paths import data_dir
 from dsr1kit.records import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=1)
-NO_MARKS = Marks(None, None, frozenset(), 0)
+NO_MARKS = Marks(None, None, frozenset())
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
          "tie_word_embeddings": False,  # else a random model repeats its last token, whatever it attends to
@@ -242,7 +242,7 @@ def test_the_fixed_shapes_hold_where_the_context_is_full(qwen, monkeypatch):
 # --- bounds on thinking
 
 END, THINK, EOS, BREAK, WAIT, WORD = 1, 2, 3, 4, 5, 9
-MARKS = Marks(END, THINK, frozenset({EOS}), 0, (END, BREAK), (WAIT, WAIT, WAIT))
+MARKS = Marks(END, THINK, frozenset({EOS}), (END, BREAK), (WAIT, WAIT, WAIT))
 
 
 def taken(drawn, *, limit=100, marks=MARKS, **bounds):
@@ -280,7 +280,7 @@ def test_max_tokens_ends_a_row_also_in_the_middle_of_what_is_forced():
 
 
 def test_bounds_mean_nothing_to_a_model_without_tags():
-    assert taken([WORD] * 5 + [EOS], marks=Marks(None, None, frozenset({EOS}), 0), max_thinking_tokens=1).made == [
+    assert taken([WORD] * 5 + [EOS], marks=Marks(None, None, frozenset({EOS})), max_thinking_tokens=1).made == [
         *[WORD] * 5, EOS]  # fmt: skip
 
 

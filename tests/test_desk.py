@@ -503,7 +503,7 @@ def read_text(text, stop=()):
 
     class Loaded:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "tiny-r1")
-        marks = Marks(None, None, frozenset(), 0)
+        marks = Marks(None, None, frozenset())
 
     kept = Text(opened=False)
     feed, finish = read(Loaded, kept, lambda *piece: kept.pieces.append(piece), lambda: 0.0, stop)

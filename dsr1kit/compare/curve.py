@@ -66,7 +66,7 @@ class Point:
     @property
     def differs(self) -> bool:
         """Whether the paired interval against free thinking excludes zero."""
-        return self.against_free is not None and not self.against_free.low <= 0 <= self.against_free.high
+        return self.against_free is not None and self.against_free.excludes_zero
 
 
 async def thinking_curve(

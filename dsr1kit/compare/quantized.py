@@ -70,7 +70,7 @@ class Quality:
     @property
     def differs(self) -> bool:
         """Whether the paired interval excludes zero."""
-        return self.difference is not None and not self.difference.low <= 0 <= self.difference.high
+        return self.difference is not None and self.difference.excludes_zero
 
 
 @dataclass(frozen=True, slots=True)

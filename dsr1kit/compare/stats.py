@@ -69,6 +69,11 @@ class PairedDifference(NamedTuple):
     items: int
     items_to_settle: int | None
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval leaves zero out, so that the difference may be called one."""
+        return self.low > 0 or self.high < 0
+
 
 def paired_difference(a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]) -> PairedDifference | None:
     """The mean difference over shared items, with the adjusted Wald interval of Bonett and Price (2012).

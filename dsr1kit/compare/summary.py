@@ -115,7 +115,7 @@ def _pair(a: str, b: str, by_channel: Mapping[str, Sequence[Record]]) -> dict[st
         "a": a,
         "b": b,
         "accuracy_difference": {"value": difference.value, "low": difference.low, "high": difference.high},
-        "differs": difference.low > 0 or difference.high < 0,
+        "differs": difference.excludes_zero,
         "items": difference.items,
         "items_to_settle": difference.items_to_settle,
         "first_answer_ratio": ratio,

@@ -18,10 +18,9 @@ from dsr1kit.local.engine_commands import Quantization, chat_template, read_json
 from dsr1kit.local.folder import check_weights
 from dsr1kit.local.hardware import Hardware
 from dsr1kit.local.load import refuse_unfit
-from dsr1kit.local.memory import half_precision, need
+from dsr1kit.local.memory import PRECISION_OF, half_precision, need
 from dsr1kit.local.shapes import Shape, shape_of_config
 
-_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit": "8bit", "4bit": "nf4"}
 _EXCEPTION = re.compile(r"(?:^|(?<=\s))(?:\w+\.)*\w*(?:Error|Exception): \S.*")
 _FAILURE = re.compile(r"\berror\b|\bfailed\b", re.IGNORECASE)
 _POINTS_BACK = re.compile(r"see root cause above|see (?:the )?(?:stack )?trace", re.IGNORECASE)
@@ -112,7 +111,7 @@ def _planned(folder: Path, hardware: Hardware, dtype: str, quantization: Quantiz
             else None
         )
     chosen = dtype if quantization == "none" else quantization
-    return shape, _PRECISIONS.get(chosen, half_precision(hardware))
+    return shape, PRECISION_OF.get(chosen, half_precision(hardware))
 
 
 def _check_json(path: Path) -> None:

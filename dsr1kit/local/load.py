@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
 from dsr1kit.local.folder import default_folder, read_manifest, unfinished
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
+from dsr1kit.local.memory import PRECISION_OF
 from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit": "8bit", "4bit": "nf4"}
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
 _PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
@@ -68,18 +68,14 @@ class LoadedModel:
     @property
     def precision(self) -> str:
         """The planner's name for what the weights are held in: `fp32`, `fp16`, `bf16`, `8bit` or `nf4`."""
-        return _PRECISIONS[self.dtype if self.quantization == "none" else self.quantization]
+        return PRECISION_OF[self.dtype if self.quantization == "none" else self.quantization]
 
     def advice(self, context: int) -> str:
         """What would fit, where one request of so many tokens did not."""
         from dsr1kit.local.fits import advise
-        from dsr1kit.local.shapes import shape_of_config
 
-        lighter = "Ask for fewer max_tokens, or open the model with quantization='4bit'."
-        try:
-            shape = shape_of_config(self.model.config.to_dict())
-        except Dsr1kitError:  # an architecture that the planner does not know
-            return lighter
+        if (shape := _shape(self.model.config)) is None:
+            return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
         # The weights that are loaded stay: what they hold counts as free for the whole.
         here = _with_free(_seen_from(self.device), int(self.model.get_memory_footprint()))
         return advise(shape, here, precision=self.precision, context=context)
@@ -161,8 +157,10 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     try:
         # trust_remote_code stays off whatever the environment says.
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        name, reason = choose_dtype(_parameters(config), device) if dtype == "auto" else (dtype, "asked for")
-        bits, why = _fitting(source, config, "none" if gguf else quantization, name, device)
+        shape = _shape(config)
+        counted = 0 if shape is None else shape.parameters
+        name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
+        bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
         options = _quantized(bits, getattr(torch, name))
         model: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -219,19 +217,25 @@ def _quantized(quantization: str, compute: Any) -> dict[str, Any]:
     return {}
 
 
-def _fitting(source: str, config: Any, quantization: str, dtype: str, device: str) -> tuple[str, str]:
-    """The quantization to load in and why; raises ModelError, with what would fit, where this one does not."""
+def _shape(config: Any) -> Shape | None:
+    """The shape by which the planner counts; None for an architecture that it does not know."""
     from dsr1kit.local.shapes import shape_of_config
 
     try:
-        shape = shape_of_config(config.to_dict())
-    except Dsr1kitError:  # an architecture that the planner does not know: the loader will find out
+        return shape_of_config(config.to_dict())
+    except Dsr1kitError:
+        return None
+
+
+def _fitting(source: str, shape: Shape | None, quantization: str, dtype: str, device: str) -> tuple[str, str]:
+    """The quantization to load in and why; raises ModelError, with what would fit, where this one does not."""
+    if shape is None:  # the loader will find out
         return ("none", "not known to the planner") if quantization == "auto" else (quantization, "asked for")
     here = _seen_from(device)
     if quantization == "auto":
         context = min(_PLANNED_CONTEXT, shape.context)
-        return choose_quantization(shape, here, context, unquantized=_PRECISIONS[dtype])
-    refuse_unfit(source, shape, _PRECISIONS[dtype if quantization == "none" else quantization], here)
+        return choose_quantization(shape, here, context, unquantized=PRECISION_OF[dtype])
+    refuse_unfit(source, shape, PRECISION_OF[dtype if quantization == "none" else quantization], here)
     return quantization, "asked for"
 
 
@@ -303,14 +307,6 @@ def _refuse_wrong_products(model: Any) -> None:
                 f"{name} has rows of {module.in_features} weights, and bitsandbytes' 4-bit on a "
                 "processor is wrong unless they are a multiple of 64; open the model with quantization='8bit'"
             )
-
-
-def _parameters(config: Any) -> int:
-    """Estimate a dense decoder's number of weights from its configuration."""
-    text = config.get_text_config()
-    width, layers = int(getattr(text, "hidden_size", 0)), int(getattr(text, "num_hidden_layers", 0))
-    inner = int(getattr(text, "intermediate_size", 4 * width) or 4 * width)
-    return int(text.vocab_size) * width + layers * (4 * width * width + 3 * width * inner)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "8bit", "nf4", "q4_k_m")
 MIB, GIB = 1 << 20, 1 << 30
 CHUNK = 512  # tokens of a prompt that are computed at once, by the kit's engine and by llama.cpp alike
 TOGETHER = 8  # prompts that the kit's engine reads in at once
+#: A dtype of torch or a quantization of the kit, as the planner calls the precision.
+PRECISION_OF = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit": "8bit", "4bit": "nf4"}
 GROWTH = 1.25  # by this factor its attention cache grows when it is full
 RANK = 16  # of an adapter on all linear layers
 # Measured resident sizes after imports and a small forward pass (Linux x86-64, torch 2.13, transformers 5.23); for

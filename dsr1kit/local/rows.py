@@ -24,7 +24,6 @@ class Marks:
     Attributes:
         end_think, think: closing and opening think tag; None: the model has none.
         ends: tokens after which the model says no more.
-        pad: fills up prompts of a batch.
         close: what closes the thinking and asks for the answer, the tag first.
         wait: what makes a model think on in place of closing.
     """
@@ -32,7 +31,6 @@ class Marks:
     end_think: int | None
     think: int | None
     ends: frozenset[int]
-    pad: int
     close: tuple[int, ...] = ()
     wait: tuple[int, ...] = ()
 
@@ -51,10 +49,9 @@ def marks_of(tokenizer: Any, model: Any) -> Marks:
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     ends = {int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     end_think = single("</think>")
     close = () if end_think is None else (end_think, *ids("\n\n"))
-    return Marks(end_think, single("<think>"), frozenset(ends), int(pad), close, ids("\nWait,"))
+    return Marks(end_think, single("<think>"), frozenset(ends), close, ids("\nWait,"))
 
 
 @dataclass(eq=False, slots=True)
