@@ -12,6 +12,7 @@ import pytest
 from dsr1kit import LocalModel, Sampling
 from dsr1kit.errors import ModelError, UnknownName
 from dsr1kit.local.graphs import Graphs
+from dsr1kit.local.slots import read_one
 from dsr1kit.paths import data_dir
 
 pytest.importorskip("peft", reason="adapters are PEFT's")
@@ -138,12 +139,12 @@ def test_recorded_steps_do_not_outlive_the_adapter_that_they_were_recorded_with(
     class Frozen(Graphs):
         def _recording(self, ids, at, reach):
             held_ids, held_at = ids.clone(), at.clone()
-            then = Graphs(copy.deepcopy(self._model), self._cache, record=False)
-            scores = then._pass(held_ids, held_at, reach)
+            then, cache = copy.deepcopy(self._model), self._cache
+            scores = read_one(then, cache, held_ids, held_at, reach)
 
             class Recording:
                 def replay(self):
-                    scores.copy_(then._pass(held_ids, held_at, reach))
+                    scores.copy_(read_one(then, cache, held_ids, held_at, reach))
 
             return Recording(), held_ids, held_at, scores
 
