@@ -110,9 +110,9 @@ def test_both_bounds_make_a_label_of_their_own():
 
 
 SHOWN = [
-    Point(Budget(most=8), 8.0, Interval(0.25, 0.2, 0.31), PairedDifference(-0.5, -0.6, -0.4, 99, None), 1.0),
+    Point(Budget(most=8), 8.0, Interval(0.25, 0.2, 0.31), PairedDifference(-0.5, -0.6, -0.4, 99, None, 0.0), 1.0),
     Point(Budget(), 40.0, Interval(0.75, 0.7, 0.8), None, 1.0),
-    Point(Budget(least=64), 80.5, Interval(0.73, 0.68, 0.78), PairedDifference(-0.02, -0.05, 0.01, 99, 400), 0.9),
+    Point(Budget(least=64), 80.5, Interval(0.73, 0.68, 0.78), PairedDifference(-0.02, -0.05, 0.01, 99, 400, 0.2), 0.9),
 ]
 
 
