@@ -14,104 +14,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import json
-import multiprocessing
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 
-FIRST_MS, GAP_MS, TOKENS, WAVES = 50.0, 10.0, 64, 5
+from dsr1kit.emulator.scripted import Script, ScriptedServer
 
-
-def _event(payload: dict[str, object]) -> bytes:
-    line = b"data: " + json.dumps(payload).encode() + b"\n\n"
-    return f"{len(line):x}\r\n".encode() + line + b"\r\n"
-
-
-def _chunk(delta: dict[str, str], finish: str | None = None) -> dict[str, object]:
-    return {
-        "id": "chatcmpl-0123456789abcdef",
-        "object": "chat.completion.chunk",
-        "created": 1790000000,
-        "model": "scripted",
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
-    }
-
-
-HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-    b"Cache-Control: no-cache\r\n\r\n" + _event(_chunk({"role": "assistant", "content": ""}))
-)
-TOKEN = _event(_chunk({"content": "token "}))
-LAST = (
-    _event(_chunk({}, "stop"))
-    + _event(
-        {
-            "choices": [],
-            "usage": {"prompt_tokens": 9, "completion_tokens": TOKENS, "total_tokens": TOKENS + 9},
-        }
-    )
-    + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-)
-
-
-class ScriptedServer(asyncio.Protocol):
-    """One connection of the scripted server; all connections share one heap of things to write."""
-
-    heap: list[tuple[float, int, int, ScriptedServer]] = []  # noqa: RUF012 - one server a process
-    counter = 0
-    late: list[float] = []  # noqa: RUF012 - see above
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-        self.buffer = b""
-
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        self.buffer += data
-        head, _, rest = self.buffer.partition(b"\r\n\r\n")
-        length = next(
-            (int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length")), 0
-        )
-        if len(rest) < length:
-            return
-        self.buffer = b""
-        if head.startswith(b"GET"):
-            body = json.dumps(ScriptedServer.late).encode()
-            ScriptedServer.late.clear()
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            return
-        self.transport.write(HEAD)
-        ScriptedServer.counter += 1
-        heapq.heappush(self.heap, (now + FIRST_MS / 1e3, ScriptedServer.counter, 0, self))
-
-    @classmethod
-    async def pace(cls) -> None:
-        while True:
-            now = time.monotonic()
-            while cls.heap and cls.heap[0][0] <= now:
-                due, number, sent, connection = heapq.heappop(cls.heap)
-                if connection.transport.is_closing():
-                    continue
-                if sent == 0:
-                    cls.late.append(time.monotonic() - due)
-                connection.transport.write(TOKEN if sent < TOKENS - 1 else TOKEN + LAST)
-                if sent < TOKENS - 1:
-                    heapq.heappush(cls.heap, (due + GAP_MS / 1e3, number, sent + 1, connection))
-            # The selector sleeps in whole milliseconds: near a due write the loop is polled instead.
-            wait = cls.heap[0][0] - time.monotonic() if cls.heap else 0.005
-            await asyncio.sleep(0.0 if wait < 0.002 else min(0.005, wait - 0.0015))
-
-
-def serve(port_box: multiprocessing.connection.Connection) -> None:
-    async def main() -> None:
-        server = await asyncio.get_running_loop().create_server(ScriptedServer, "127.0.0.1", 0, backlog=1024)
-        port_box.send(server.sockets[0].getsockname()[1])
-        await ScriptedServer.pace()
-
-    asyncio.run(main())
+SCRIPT = Script()
+FIRST_MS, GAP_MS, TOKENS, WAVES = SCRIPT.first_token_s * 1e3, SCRIPT.inter_token_s * 1e3, SCRIPT.tokens, 5
 
 
 @dataclass
@@ -180,23 +92,21 @@ async def with_aiohttp(url: str, streams: int) -> Measured:
     return out
 
 
-async def server_lateness_ms(url: str) -> float:
-    import aiohttp
-
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        late = json.loads(await response.text())
-    return statistics.fmean(late) * 1e3 if late else 0.0
+async def server_lateness_ms(server: ScriptedServer) -> float:
+    late = await server.lateness()
+    return statistics.fmean(told.first_s for told in late) * 1e3 if late else 0.0
 
 
 async def main(streams: list[int], repeat: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there,), daemon=True)
-    process.start()
-    url = f"http://127.0.0.1:{here.recv()}/v1"
+    async with ScriptedServer(SCRIPT) as server:
+        await measure(server, streams, repeat)
+
+
+async def measure(server: ScriptedServer, streams: list[int], repeat: int) -> None:
+    url = server.url
     await with_dsr1kit(url, 2)
     await with_aiohttp(url, 2)
-    await server_lateness_ms(url)
+    await server.lateness()
     print(f"script: first token at {FIRST_MS:g} ms, then every {GAP_MS:g} ms, {TOKENS} tokens; "
           f"{WAVES} requests a stream; medians of {repeat} runs, in turn; "
           f"Python {sys.version.split()[0]}")  # fmt: skip
@@ -207,7 +117,7 @@ async def main(streams: list[int], repeat: int) -> None:
         for _ in range(repeat):
             for name, ask in (("dsr1kit", with_dsr1kit), ("aiohttp", with_aiohttp)):
                 measured = await ask(url, n)
-                measured.server_late_ms = await server_lateness_ms(url)
+                measured.server_late_ms = await server_lateness_ms(server)
                 runs[name].append(measured)
         cpu_peer = statistics.median(m.cpu_ms for m in runs["aiohttp"])
         for name, measured_runs in runs.items():
@@ -220,7 +130,6 @@ async def main(streams: list[int], repeat: int) -> None:
             cpu = statistics.median(m.cpu_ms for m in measured_runs)
             print(f"{n:>7}  {name:<8} {first:>+13.2f} ms {p99:>+5.1f} ms {late:>+5.2f} ms "
                   f"{gap:>+15.2%} {cpu:>9.2f} ms {cpu / cpu_peer:>9.2f}")  # fmt: skip
-    process.terminate()
 
 
 if __name__ == "__main__":
