@@ -18,7 +18,9 @@ import pytest
 
 from dsr1kit.access.prices import Price
 from dsr1kit.compare import report, runner
+from dsr1kit.compare.items import Item
 from dsr1kit.compare.journal import read_records
+from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.runner import Finished, RunSettings, run_comparison
 from dsr1kit.compare.summary import summarize, verdict
 from dsr1kit.compare.tasks import load_task
@@ -35,6 +37,7 @@ from dsr1kit.records import (
     Sampling,
     Timing,
     Usage,
+    Verdict,
 )
 
 
@@ -45,7 +48,8 @@ def weather(folder: Path, name: str, answer: str, rest: str = "") -> str:
 
 
 def compare(out: Path, *channels: str, **settings: Any) -> Finished:
-    how = {k: settings.pop(k) for k in ("retry_failed", "on_progress", "channel_file") if k in settings}
+    how = {k: settings.pop(k) for k in ("retry_failed", "on_progress", "channel_file", "client_check") if k in settings}
+    how.setdefault("client_check", False)
     return asyncio.run(run_comparison(RunSettings(channels=channels, **settings), out, **how))
 
 
@@ -136,7 +140,7 @@ def test_the_summary_has_the_agreed_shape(real: Finished) -> None:
 
 
 def test_the_verdict_is_quality_then_speed_then_money(real: Finished) -> None:
-    quality, speed, money = real.summary["verdict"]
+    quality, speed, money, *_ = real.summary["verdict"]
     assert quality.startswith("Quality: ")
     assert speed.startswith("Speed: ")
     assert money.startswith("Cost and availability: ")
@@ -185,9 +189,12 @@ def sound(fake: Fake, messages: Sequence[Message], sampling: Sampling) -> Reply:
     return made("\\boxed{1}")
 
 
-def made(answer: str, outcome: Outcome = Outcome.OK, *, at: float = 0.5, **more: Any) -> Reply:
+LITTLE = Usage(0, 0, 1)
+
+
+def made(answer: str, outcome: Outcome = Outcome.OK, *, at: float = 0.5, usage: Usage = LITTLE, **more: Any) -> Reply:
     timing = Timing(0.0, 0.0, True, at, at * 2, at, 0.01, at * 3)
-    return Reply(outcome, answer=answer, timing=timing, usage=Usage(0, 0, 1), **more)
+    return Reply(outcome, answer=answer, timing=timing, usage=usage, **more)
 
 
 class Fake:
@@ -259,10 +266,18 @@ def test_the_channels_of_a_run_take_turns(stage: Stage, tmp_path: Path) -> None:
     assert {e["channel"] for e in stage.log[::3]} == {"a", "b", "c"}
 
 
-def test_every_draw_has_the_runs_seed_and_its_own_number(stage: Stage, tmp_path: Path) -> None:
-    compare(tmp_path, "a", items=3, samples=4, seed=11)
-    assert {e["sampling"].seed for e in stage.log} == {11}
-    assert Counter(e["sampling"].sample for e in stage.log) == {0: 3, 1: 3, 2: 3, 3: 3}
+def test_every_draw_has_a_seed_and_a_number_of_its_own_the_same_in_every_run(stage: Stage, tmp_path: Path) -> None:
+    compare(tmp_path / "1", "a", "b", items=3, samples=4, seed=11)
+    drawn = Counter((e["question"], e["sampling"].seed, e["sampling"].sample) for e in stage.log)
+    assert set(drawn.values()) == {2}, "both channels are asked with the same draws"
+    assert len({seed for _, seed, _ in drawn}) == 3, "items must not share their random numbers"
+    assert Counter(sample for *_, sample in drawn) == {0: 3, 1: 3, 2: 3, 3: 3}
+    stage.log.clear()
+    compare(tmp_path / "2", "a", "b", items=3, samples=4, seed=11)
+    assert Counter((e["question"], e["sampling"].seed, e["sampling"].sample) for e in stage.log) == drawn
+    stage.log.clear()
+    compare(tmp_path / "3", "a", items=3, samples=4, seed=12)
+    assert not {seed for _, seed, _ in drawn} & {e["sampling"].seed for e in stage.log}
 
 
 def test_at_most_concurrency_requests_are_in_flight(stage: Stage, tmp_path: Path) -> None:
@@ -307,7 +322,7 @@ def test_times_of_an_open_loop_count_from_the_due_moment_waits_included(tmp_path
             mine = tmp_path / "mine.toml"
             mine.write_text(f"[channel.slow]\nbase_url = '{url}'\nmodel = 'm'\nmax_in_flight = 1\n")
             settings = RunSettings(channels=("slow",), items=6, rate=60.0)
-            return await run_comparison(settings, tmp_path / "run", channel_file=mine)
+            return await run_comparison(settings, tmp_path / "run", channel_file=mine, client_check=False)
 
     done = asyncio.run(work())
     records = sorted(read_records(done.records), key=lambda r: r["due_at"])
@@ -432,6 +447,79 @@ def test_attempts_of_a_router_are_kept(stage: Stage, tmp_path: Path) -> None:
     ]
 
 
+def test_warm_ups_are_draws_of_their_own_that_count_for_nothing_but_their_cost(stage: Stage, tmp_path: Path) -> None:
+    usage = Usage(1_000_000, 0, 0, "provider", "provider")
+    stage.answers = {"a": lambda *_: made("\\boxed{1}", usage=usage)}
+    stage.prices = {"a": Price(1.0, 0.0)}
+    told: list[tuple[str, int, int]] = []
+    done = compare(tmp_path, "a", items=4, samples=2, warm_up=3, max_cost=100.0, on_progress=lambda *t: told.append(t))
+    records = read_records(done.records)
+    assert sorted({r["sample"] for r in records}) == [0, 1]
+    assert len(records) == 8
+    assert [e["sampling"].sample for e in stage.log[:3]] == [2, 3, 4], "before those that count, and none of them"
+    assert [t for t in told if t[0] == "warm-up"] == [("warm-up", n, 3) for n in range(4)]
+    assert done.summary["channels"]["a"]["cost_total"] == pytest.approx(8.0)
+    assert [r["cost"] for r in read_records(tmp_path / "warm-up.jsonl")] == [1.0] * 3
+    # Nothing is left to ask, so nothing is warmed up.
+    compare(tmp_path, "a", items=4, samples=2, warm_up=3, max_cost=100.0)
+    assert len(stage.log) == 11
+    # The budget knows of them: 3 for warm-ups and 5 of the 8.
+    short = compare(tmp_path / "short", "a", items=4, samples=2, warm_up=3, max_cost=8.0, concurrency=1)
+    assert short.summary["channels"]["a"]["outcomes"] == {"ok": 5, "over_budget": 3}
+
+
+def test_local_models_are_warmed_up_too(stage: Stage, tmp_path: Path) -> None:
+    compare(tmp_path, "a", "local:tiny-r1", items=2, warm_up=1)
+    assert [e["sampling"].sample for e in stage.log if e["channel"] == "local:tiny-r1"] == [1, 0, 0]
+
+
+def test_an_answer_that_came_is_kept_though_the_run_is_stopped_while_it_is_judged(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slowly(self: Judge, reply: Reply, item: Item) -> Verdict:
+        judging.set()
+        await asyncio.sleep(0.2)
+        return "right"
+
+    async def work() -> None:
+        settings = RunSettings(channels=("a",), items=3, concurrency=1)
+        task = asyncio.ensure_future(run_comparison(settings, tmp_path, client_check=False))
+        await judging.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    judging = asyncio.Event()
+    monkeypatch.setattr(Judge, "verdict", slowly)
+    asyncio.run(work())
+    (kept,) = read_records(tmp_path / "records.jsonl")
+    assert kept["verdict"] == "right"
+    assert len(stage.log) == 1
+
+
+def test_an_objective_may_change_between_starts_for_it_asks_nothing(stage: Stage, tmp_path: Path) -> None:
+    compare(tmp_path, "a", items=3, objective="total_s=60")
+    done = compare(tmp_path, "a", items=3, objective="first_token_s=0.5")
+    assert len(stage.log) == 3
+    assert json.loads((tmp_path / "run.json").read_text())["objective"]["first_token_s"] == 0.5
+    assert done.summary["channels"]["a"]["goodput"]["asked"] == 3
+
+
+def test_a_run_notes_how_its_client_did(tmp_path: Path) -> None:
+    channel = weather(tmp_path, "w", "\\boxed{1}", "[latency]\nfirst_token_s = 0.02\n")
+    done = compare(tmp_path / "run", channel, items=12, concurrency=3, client_check=True)
+    (note,) = json.loads((done.folder / "run.json").read_text())["client"]
+    assert note["bias"]["streams"] == 3
+    assert note["bias"]["requests"] >= 3
+    assert -5 < note["bias"]["first_token_ms"] < 200
+    assert note["in_flight"]["asked"] == note["in_flight"]["peak"] == 3
+    assert 1 <= note["in_flight"]["mean"] <= 3
+    assert 0 <= note["lag_ms"]["p50"] <= note["lag_ms"]["p99"] <= note["lag_ms"]["max"]
+    assert note["cpu_share"] > 0
+    assert isinstance(note["limited"], str)
+    assert done.summary["client"] == [note]
+
+
 def test_progress_tells_every_stage_to_its_end(stage: Stage, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     compare(tmp_path, "a", "local:tiny-r1", items=3, on_progress=lambda *t: told.append(t))
@@ -454,7 +542,8 @@ def test_progress_has_no_stage_for_answers_that_are_ready(tmp_path: Path) -> Non
     [
         ({"channels": ()}, "at least one channel"),
         ({"channels": ("a", "a")}, "named twice"),
-        ({"items": 0}, "items must be at least 1"),
+        ({"items": -1}, "items must be at least 0"),
+        ({"warm_up": -1}, "warm_up must be at least 0"),
         ({"samples": -1}, "samples must be at least 1"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"rate": 0.0}, "rate must be above 0"),

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from dsr1kit.compare import journal as journal_module
 from dsr1kit.compare.journal import Journal, read_records
 from dsr1kit.errors import UsageError
 
@@ -178,6 +181,86 @@ def test_requests_the_budget_kept_back_can_be_taken_out_alone(tmp_path: Path) ->
         assert j.forget_unasked() == 1
         assert j.done() == {("a", "x", 0), ("a", "y", 0)}
         assert j.forget_unasked() == 0
+
+
+ROUNDS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 400)), min_size=1, max_size=6)
+OUTCOMES = st.lists(st.sampled_from(["ok", "truncated", "cut", "over_budget"]), min_size=12, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rounds=ROUNDS, outcomes=OUTCOMES, retry=st.booleans())
+def test_whatever_byte_a_kill_tears_at_each_request_ends_up_recorded_once(
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, int]], outcomes: list[str], retry: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    wanted = [(f"项{n}", outcome) for n, outcome in enumerate(outcomes)]
+    kept: dict[str, str] = {}
+    for number, (count, tear) in enumerate([*rounds, (len(wanted), 0)]):
+        with journal(folder) as j:
+            assert {item for _, item, _ in j.done()} >= kept.keys(), "a whole record was lost"
+            if retry:
+                j.forget_failed()
+            todo = [(item, outcome) for item, outcome in wanted if ("a", item, 0) not in j.done()]
+            for item, outcome in todo[:count]:
+                j.append(record(item, "ok" if number else outcome, answer="思考" * 9))
+        path = folder / "records.jsonl"
+        # A kill may come at any byte of the line that is being written: only ever the last one.
+        whole = path.read_bytes()
+        last = whole.rstrip(b"\n").rfind(b"\n") + 1
+        path.write_bytes(whole[: max(last, len(whole) - tear)])
+        kept = {r["item"]: r["outcome"] for r in read_records(path)}
+    assert sorted(kept) == sorted(item for item, _ in wanted)
+    assert len(keys(path)) == len(wanted)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_kill_while_failed_records_move_aside_loses_none_and_doubles_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    fill(tmp_path, record("x"), record("y", "throttled", cost=1.0), record("z", "cut", cost=2.0))
+    real, calls = journal_module._replace, []
+
+    def dies(path: Path, records: Any) -> Any:
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return real(path, records)
+
+    monkeypatch.setattr(journal_module, "_replace", dies)
+    with pytest.raises(KeyboardInterrupt), journal(tmp_path) as j:
+        j.forget_failed()
+    monkeypatch.undo()
+    with journal(tmp_path) as j:
+        assert j.forget_failed() == 2
+        assert [(r["item"], r["cost"]) for r in j.retired()] == [("y", 1.0), ("z", 2.0)]
+        assert j.done() == {("a", "x", 0)}
+
+
+def test_warm_ups_lie_apart_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
+    with journal(tmp_path) as j:
+        j.append(record("x", sample=-1, cost=0.5), warm_up=True)
+        j.append(record("x", sample=-2, cost=0.25), warm_up=True)
+        j.append(record("x"))
+        assert j.done() == {("a", "x", 0)}
+    path = tmp_path / "warm-up.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    with journal(tmp_path) as j:
+        j.append(record("y", sample=-1, cost=0.125), warm_up=True)
+        assert [r["cost"] for r in j.warm_ups()] == [0.5, 0.125]
+    assert keys(tmp_path / "records.jsonl") == [("a", "x", 0)]
+
+
+def test_what_is_noted_of_a_run_is_there_at_its_next_start(tmp_path: Path) -> None:
+    with journal(tmp_path) as j:
+        j.note(client=[{"cpu_share": 0.5}])
+        j.append(record("x"))
+    with journal(tmp_path) as j:
+        assert j.noted("client") == [{"cpu_share": 0.5}]
+        assert j.noted("nothing") is None
+        j.note(client=[*j.noted("client"), {"cpu_share": 0.25}])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert [n["cpu_share"] for n in run["client"]] == [0.5, 0.25]
+    assert len(run["starts"]) == 2
 
 
 def test_keys_are_redacted_in_records_and_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsr1kit import load_channels
 from dsr1kit.access.prices import Price, Tariff
-from dsr1kit.compare.runner import to_record
+from dsr1kit.compare.record import to_record
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import ConfigError
 from dsr1kit.records import Outcome, Reply, Timing, Usage
@@ -140,7 +140,7 @@ def record(begun, total_s, price):
         usage=Usage(prompt_tokens=1_000_000, answer_tokens=1_000_000),
         due_at=None if begun is None else begun.timestamp(),
     )
-    return to_record(reply, "deepseek", load_task("arithmetic", 1, 0)[0], 0, price)
+    return to_record(reply, "deepseek", load_task("arithmetic", 1, 0)[0], 0, price, "right")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -26,14 +26,11 @@ from dsr1kit.commands.shared import (
 from dsr1kit.commands.show import month_table
 from dsr1kit.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def emulate(
     weather: Annotated[
-        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, peak, scripted, impostor.")
+        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, peak, scripted, narrow, impostor.")
     ],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 0,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
@@ -69,11 +66,19 @@ def compare(
         str, typer.Option("--channels", help="Names, emulated:FILE and local:MODEL, separated by commas.")
     ],
     out: Annotated[Path, typer.Option(help="The run's folder; the same command again continues it.")],
-    task: Annotated[str, typer.Option(help="arithmetic, or arithmetic:KIND.")] = "arithmetic",
-    items: Annotated[int, typer.Option(help="Questions.")] = 50,
+    task: Annotated[
+        str,
+        typer.Option(help="arithmetic, questions, aime24, aime25, math500, gpqa-diamond, gsm8k, ceval, any of them "
+                     "with :PART, reasoning-gym:NAME, or file:PATH (JSONL or CSV)."),
+    ] = "arithmetic",
+    items: Annotated[
+        int | None, typer.Option(help="Questions; 0: all.", show_default="50, or all of a task with fewer")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Independent draws of each question.")] = 1,
     concurrency: Annotated[int, typer.Option(help="Hosted requests in flight, all channels together.")] = 4,
     rate: Annotated[float | None, typer.Option(help="Requests a second at random moments instead.")] = None,
+    warm_up: Annotated[int, typer.Option(help="Requests to each channel first, which do not count.")] = 0,
+    slo: Annotated[str, typer.Option(help="Service objective, as first_token_s=2,total_s=60.")] = "",
     seed: Annotated[int, typer.Option(help="Of items, order, arrivals and draws.")] = 0,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling mass.")] = 0.95,
@@ -84,6 +89,9 @@ def compare(
     deadline_s: Annotated[float | None, typer.Option(help="Longest time for a whole answer, seconds.")] = None,
     channel_file: ChannelFile = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask failed requests again.")] = False,
+    client_check: Annotated[
+        bool, typer.Option("--client-check/--no-client-check", help="Measure the client itself first, for seconds.")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,15 +104,18 @@ def compare(
 
     settings = RunSettings(
         channels=tuple(name.strip() for name in channel_names.split(",") if name.strip()),
-        task=task, items=items, samples=samples, concurrency=concurrency, rate=rate, seed=seed,
-        sampling=Sampling(temperature, top_p, max_tokens), max_cost=max_cost, first_token_s=first_token_s,
-        stall_s=stall_s, deadline_s=deadline_s,
+        task=task, items=items, samples=samples, concurrency=concurrency, rate=rate, warm_up=warm_up, seed=seed,
+        sampling=Sampling(temperature, top_p, max_tokens), max_cost=max_cost, objective=slo,
+        first_token_s=first_token_s, stall_s=stall_s, deadline_s=deadline_s,
     )  # fmt: skip
     warn_of_retirement(settings.channels, load_channels(channel_file))
     try:
         with terminal_progress(quiet=quiet) as tell:
             done = run_async(
-                run_comparison(settings, out, channel_file=channel_file, retry_failed=retry_failed, on_progress=tell)
+                run_comparison(
+                    settings, out, channel_file=channel_file, retry_failed=retry_failed, client_check=client_check,
+                    on_progress=tell,
+                )
             )
     except KeyboardInterrupt:
         fail(f"stopped; the same command continues the run in {out}", 130)

@@ -1,7 +1,8 @@
 """A run's memory on disk: run.json and records.jsonl, so that a killed run goes on where it was.
 
-A record is appended and flushed as its request ends; a line torn by a kill is cut off on opening. Knows
-nothing about what a record means beyond its key (channel, item, sample) and its outcome.
+A record is appended and flushed as its request ends; a line torn by a kill is cut off on opening. Warm-ups, and
+records taken out to be asked again, lie in files of their own beside. Knows nothing about what a record means
+beyond its key (channel, item, sample) and its outcome.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Journal:
         self.records_path = folder / "records.jsonl"
         self.run_path = folder / "run.json"
         self._retired_path = folder / "retried.jsonl"
+        self._warm_path = folder / "warm-up.jsonl"
         # Redacted as it will lie on disk, or a run whose settings hold a secret would not know itself again.
         self._identity = redact_texts(json.loads(json.dumps(identity)))
         self._about = dict(about or {})
         self._file: IO[bytes] | None = None
+        self._run: dict[str, Any] = {}
         self.run_id = ""
         self.repaired_bytes = 0
         self._outcomes: dict[Key, str] = {}
@@ -87,8 +90,11 @@ class Journal:
         """Keys whose record is no reply that could be judged."""
         return {key for key, outcome in self._outcomes.items() if outcome not in SOUND}
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any], *, warm_up: bool = False) -> None:
         """Write one record and hand it to the operating system before returning.
+
+        Args:
+            warm_up: it counts for nothing but its cost, and goes to warm-up.jsonl.
 
         Raises:
             RunError: the disk is full or gone; everything written before is whole.
@@ -98,10 +104,14 @@ class Journal:
         clean = redact_texts(record) | {name: record[name] for name in ("channel", "item")}
         line = _line({"run": self.run_id, **clean})
         try:
+            if warm_up:
+                with self._warm_path.open("ab") as file:
+                    file.write(line)
+                return
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise RunError(f"{self.records_path} cannot be written: {error.strerror}") from None
+            raise RunError(f"{error.filename or self.records_path} cannot be written: {error.strerror}") from None
         self._outcomes[_key(record)] = str(record["outcome"])
 
     def read(self) -> list[dict[str, Any]]:
@@ -111,6 +121,26 @@ class Journal:
     def retired(self) -> list[dict[str, Any]]:
         """Records that were taken out to be asked again, in the order in which they ended."""
         return read_records(self._retired_path) if self._retired_path.exists() else []
+
+    def warm_ups(self) -> list[dict[str, Any]]:
+        """Records of warm-ups, of all starts."""
+        return read_records(self._warm_path) if self._warm_path.exists() else []
+
+    def note(self, **facts: Any) -> None:
+        """Write facts about the run into run.json, over those of the same names.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self._run |= facts
+        try:
+            self._write_run()
+        except OSError as error:
+            raise RunError(f"{self.run_path} cannot be written: {error.strerror}") from None
+
+    def noted(self, name: str) -> Any:
+        """A fact of run.json; None where it has none of that name."""
+        return self._run.get(name)
 
     def forget_failed(self) -> int:
         """Take failed records out, into retried.jsonl, so that they are asked again; returns how many."""
@@ -123,8 +153,10 @@ class Journal:
     def _forget(self, keys: set[Key]) -> int:
         if not keys:
             return 0
-        records = self.read()
-        aside = [*self.retired(), *(r for r in records if _key(r) in keys)]
+        records, aside = self.read(), self.retired()
+        # A kill between the two files below leaves a record in both; it is moved once.
+        moved = {_line(r) for r in aside}
+        aside += [r for r in records if _key(r) in keys and _line(r) not in moved]
         _replace(self._retired_path, aside).close()
         file = _replace(self.records_path, [r for r in records if _key(r) not in keys])
         assert self._file is not None  # noqa: S101 - only called inside the with block
@@ -163,8 +195,12 @@ class Journal:
                 raise UsageError(f"{self.folder} holds records but no run.json; choose another folder with --out")
             self.run_id = f"{now[:10]}-{secrets.token_hex(4)}"
             run = {"run": self.run_id, "identity": self._identity, **self._about, "starts": [now]}
+        self._run = run
+        self._write_run()
+
+    def _write_run(self) -> None:
         draft = self.run_path.with_suffix(".tmp")
-        draft.write_text(json.dumps(redact_texts(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(redact_texts(self._run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(self.run_path)
 
     def _began(self) -> bool:
@@ -191,6 +227,11 @@ class Journal:
         if self.repaired_bytes:
             self._file.truncate(good)
         self._file.seek(0, os.SEEK_END)
+        if self._warm_path.exists():
+            with self._warm_path.open("r+b") as file:
+                whole, _, torn = file.read().rpartition(b"\n")
+                if torn:
+                    file.truncate(len(whole) + bool(whole))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

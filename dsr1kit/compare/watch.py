@@ -24,7 +24,8 @@ from dsr1kit.access.doctor import QUESTION, SMALL_LIMIT
 from dsr1kit.backends import EMULATED, is_local, open_backend, price_of
 from dsr1kit.compare import figures, report
 from dsr1kit.compare.journal import Journal, read_records
-from dsr1kit.compare.runner import to_record
+from dsr1kit.compare.judge import verdict_of
+from dsr1kit.compare.record import to_record
 from dsr1kit.compare.stats import clustered_share, median_interval, median_ratio
 from dsr1kit.compare.summary import Record, name_of, summarize, timed
 from dsr1kit.compare.tasks import Item
@@ -149,7 +150,8 @@ async def watch(
                 replies = await asyncio.gather(*(_ask(name, settings, catalogue, emulated) for name in asked))
                 for name, reply in zip(asked, replies, strict=True):
                     moment = dt.datetime.fromtimestamp(asked_at, dt.UTC).isoformat()
-                    journal.append(to_record(reply, name, _ITEM, tick, prices[name]) | {"due_at": moment})
+                    verdict = verdict_of(reply, _ITEM)
+                    journal.append(to_record(reply, name, _ITEM, tick, prices[name], verdict) | {"due_at": moment})
                 if on_tick is not None:
                     on_tick(tick + 1, settings.ticks, dict(zip(asked, replies, strict=True)))
                 if time.monotonic() - drawn_at >= _DRAW_EVERY_S and tick + 1 < settings.ticks:
