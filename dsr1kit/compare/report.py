@@ -1,36 +1,63 @@
 """report.html: one file that opens offline, the verdict first, figures with their tables beside them.
 
-Puts together what summary.py computed and figures.py drew; computes nothing itself.
+Puts together what summary.py computed, figures.py and run_figures.py drew and descriptions.py put in words;
+computes nothing itself.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsr1kit.compare import figures
-from dsr1kit.compare.summary import Record, name_of
+from dsr1kit.compare import descriptions, figures, run_figures
+from dsr1kit.compare.slim import SlimRecords
+from dsr1kit.compare.summary import Record
+from dsr1kit.compare.tasks import facts
+from dsr1kit.compare.verdict import duration, name_of, objective_told
+from dsr1kit.errors import Dsr1kitError
 from dsr1kit.keys import redact
 
 _EXAMPLES = 6
+#: Characters of one text that an example shows; R1 may think for a hundred thousand.
+_MOST_SHOWN = 4000
 
 
 def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[str, Any]) -> str:
     """The report as HTML text.
 
     Args:
-        run: run.json; records: records.jsonl; summary: summary.json, all as data.
+        run: run.json; records: records.jsonl, whole or as `slim.load_records` reads it; summary: summary.json;
+            all as data.
     """
     channels = summary["channels"]
     labels = {name: name_of(name, c) for name, c in channels.items()}
+    passed = run_figures.passage(records)
     drawn = {
-        "accuracy": figures.accuracy_against_latency(summary),
-        "latency": figures.latency_distributions(records, channels),
-        "outcomes": figures.outcomes(channels),
-        "kinds": figures.accuracy_by_kind(channels),
+        "tradeoffs": (figures.tradeoffs(summary), "Accuracy against speed and cost", descriptions.tradeoffs(summary)),
+        "latency": (
+            run_figures.distributions(records, channels),
+            "Time to the first answer",
+            descriptions.distributions(channels),
+        ),
+        "split": (
+            run_figures.where_time_goes(channels),
+            "Where the time of a request goes",
+            descriptions.where_time_goes(channels),
+        ),
+        "outcomes": (figures.outcomes(channels), "Outcomes of all requests", descriptions.outcomes(channels)),
+        "kinds": (figures.accuracy_by_kind(channels), "Accuracy by kind of question", descriptions.kinds(channels)),
     }
+    if passed is not None:
+        drawn["time"] = (
+            run_figures.over_time(passed, channels),
+            "Outcomes over time",
+            descriptions.over_time(passed, channels),
+        )
+    if any(c["pass_curve"] for c in channels.values()):
+        drawn["samples"] = (run_figures.pass_at_k(channels), "pass@k", descriptions.pass_at_k(channels))
     return fill(
         "report.html.j2",
         run=run,
@@ -38,11 +65,17 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
         summary=summary,
         channels=channels,
         labels=labels,
-        figures={name: figures.to_svg(figure) for name, figure in drawn.items()},
+        figures={key: figures.to_svg(*figure, key=key) for key, figure in drawn.items()},
+        renamed={labels[name]: shown for name in channels if (shown := _renamed(name, channels))},
+        spans=[] if passed is None else _spans(passed, channels),
+        stages=run_figures.STAGES,
+        by_place=run_figures.by_place(channels),
         examples=disagreements(records, labels),
         failures=_failures(records),
         emulated=[labels[n] for n, c in channels.items() if c["emulated"]],
         kinds=list(dict.fromkeys(k for c in channels.values() for k in c["accuracy_by_kind"])),
+        task=_task(run["identity"]["task"]),
+        objective=objective_told(summary["objective"]) if summary.get("objective") else "",
     )
 
 
@@ -52,48 +85,87 @@ def fill(template: str, **values: Any) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "seconds": _seconds, "money": _money, "points": _points}
+    environment.filters |= {
+        "percent": _percent,
+        "seconds": _seconds,
+        "sure_seconds": _sure_seconds,
+        "money": _money,
+        "sure_money": _sure_money,
+        "points": _points,
+        "p": _p,
+        "ratio": _ratio,
+    }
     return redact(environment.get_template(template).render(**values))
 
 
 def disagreements(records: Sequence[Record], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Questions that some channels answered right and others wrong, with each channel's own words."""
-    by_item: defaultdict[tuple[str, int], list[Record]] = defaultdict(list)
+    whole: Callable[[Record], Record] = records.whole if isinstance(records, SlimRecords) else lambda record: record
+    by_item: defaultdict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
     for r in records:
-        if r["verdict"] != "unscored":
-            by_item[(r["item"], r["sample"])].append(r)
-    out: list[dict[str, Any]] = []
-    seen_kinds: set[str] = set()
+        if r["verdict"] != "unscored" and r["channel"] in labels:
+            by_item[(r["item"], r["sample"])][r["channel"]] = r
+    mixed = [rs for _, rs in sorted(by_item.items()) if {r["verdict"] for r in rs.values()} == {"right", "wrong"}]
     # One of each kind first: six of the same would say less.
-    mixed = [rs for rs in by_item.values() if {r["verdict"] for r in rs} == {"right", "wrong"}]
-    for rs in sorted(mixed, key=lambda rs: (rs[0]["item"], rs[0]["sample"])):
-        if len(out) < _EXAMPLES and rs[0].get("kind", "") not in seen_kinds:
-            seen_kinds.add(rs[0].get("kind", ""))
-            replies = [
-                {"label": labels[name], **next(r for r in rs if r["channel"] == name)}
-                for name in labels
-                if any(r["channel"] == name for r in rs)
-            ]
-            out.append(
-                {
-                    "question": rs[0].get("question", rs[0]["item"]),
-                    "gold": rs[0].get("gold"),
-                    "replies": replies,
-                }
-            )
+    first: dict[Any, Mapping[str, Record]] = {}
+    others = [rs for rs in mixed if first.setdefault(next(iter(rs.values())).get("kind"), rs) is not rs]
+    out = []
+    for rs in [*first.values(), *others][:_EXAMPLES]:
+        replies = [{"label": label, **_clipped(whole(rs[name]))} for name, label in labels.items() if name in rs]
+        question = replies[0].get("question") or replies[0]["item"]
+        out.append({"question": question, "gold": replies[0].get("gold"), "replies": replies})
     return out
+
+
+def _clipped(record: Record) -> dict[str, Any]:
+    shown = dict(record)
+    for name in ("question", "reasoning", "answer"):
+        text = shown.get(name) or ""
+        if len(text) > _MOST_SHOWN:
+            half = _MOST_SHOWN // 2
+            left_out = len(text) - 2 * half
+            shown[name] = f"{text[:half]}\n[… {left_out:,} characters left out …]\n{text[-half:]}"
+    return shown
 
 
 def _failures(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Each way in which requests failed, how often, and the first one's sentence."""
-    groups: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], str] = {}
     for r in records:
-        if r["outcome"] not in ("ok",):
-            groups[(r["channel"], r["outcome"])].append(r)
+        if r["outcome"] != "ok":
+            key = (r["channel"], r["outcome"])
+            counts[key] += 1
+            first.setdefault(key, r["detail"])
+    return [{"channel": c, "outcome": o, "n": n, "detail": first[(c, o)]} for (c, o), n in sorted(counts.items())]
+
+
+def _renamed(name: str, channels: Mapping[str, Any]) -> str:
+    """What figures call a channel whose own name no font here can draw; empty for all others."""
+    return figures.label(name, channels).replace("\n", " ") if figures.missing_signs(name) else ""
+
+
+def _spans(passed: run_figures.Passage, channels: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table beside outcomes over time."""
     return [
-        {"channel": channel, "outcome": outcome, "n": len(rs), "detail": rs[0]["detail"]}
-        for (channel, outcome), rs in sorted(groups.items())
+        {
+            "begins": run_figures.clock(begins, passed),
+            "pause": passed.pauses.get(number),
+            "cells": {
+                name: ", ".join(f"{row[number]} {o}" for o, row in passed.counts.get(name, {}).items() if row[number])
+                for name in channels
+            },
+        }
+        for number, begins in enumerate(passed.begins)
     ]
+
+
+def _task(name: str) -> dict[str, Any]:
+    """What is known of the task; nothing where it was a file that is no longer there."""
+    try:
+        return asdict(facts(name))
+    except Dsr1kitError:
+        return {}
 
 
 def _percent(interval: Mapping[str, float] | None) -> str:
@@ -108,12 +180,44 @@ def _points(interval: Mapping[str, float]) -> str:
 
 def _seconds(value: Any) -> str:
     # A percentile of a channel that never answered is jinja's undefined.
-    if not isinstance(value, float):
+    return duration(value) if isinstance(value, int | float) else "–"
+
+
+def _sure_seconds(interval: Any) -> str:
+    """A percentile with its interval; the percentile alone where there were too few values for one."""
+    if not interval:
         return "–"
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+    if interval["low"] is None or interval["high"] is None:
+        bounds = [f"from {duration(interval['low'])}"] if interval["low"] is not None else []
+        return " ".join([duration(interval["value"]), *(f"({b})" for b in bounds)])
+    value, low, high = (duration(interval[k]) for k in ("value", "low", "high"))
+    if len({text.rpartition(" ")[2] for text in (value, low, high)}) == 1:
+        low = low.rpartition(" ")[0]
+        high = high.rpartition(" ")[0]
+    return f"{value} ({low}–{high})"
 
 
 def _money(value: float | None, currency: str | None) -> str:
     if value is None:
         return "–"
     return "0" if value == 0 else f"{currency or ''} {value:.3g}".strip()
+
+
+def _sure_money(channel: Mapping[str, Any]) -> str:
+    """Cost of 1,000 right answers with its interval."""
+    cost, interval = channel["cost_per_right"], channel["cost_per_right_interval"]
+    if not cost or not interval:
+        return _money(cost, channel["currency"])
+    return f"{_money(cost * 1000, channel['currency'])} ({interval['low'] * 1000:.3g}–{interval['high'] * 1000:.3g})"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _ratio(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return "–"
+    return f"{interval['value']:.2f} ({interval['low']:.2f}–{interval['high']:.2f})"

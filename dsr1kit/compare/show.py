@@ -6,7 +6,8 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsr1kit.compare.summary import name_of
+from dsr1kit.compare.figures import dress
+from dsr1kit.compare.verdict import name_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,7 @@ def summary_table(summary: Mapping[str, Any]) -> pd.DataFrame:
             "answered %": _share(c["availability"]),
             "right %": _share(c["accuracy"]),
             "right, untruncated %": _share(c["accuracy_without_truncated"]),
+            "not judged": c["n_unscored"],
             "first answer p50 s": first.get("p50"),
             "p95 s": first.get("p95"),
             "tokens/s": c["tokens_per_s"],
@@ -37,10 +39,34 @@ def summary_table(summary: Mapping[str, Any]) -> pd.DataFrame:
     )
 
 
+def pairs_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a pair: difference in points with its 95 % interval, p alone and after Holm, and what may be said.
+
+    "first over second" is the ratio of the medians to the first answer, with its 95 % interval.
+    """
+    import pandas as pd
+
+    channels, rows = summary["channels"], {}
+    for pair in summary["pairs"]:
+        d, ratio = pair["accuracy_difference"], pair["first_answer_ratio_interval"]
+        alone = "" if pair["differs_after_holm"] else ", taken alone"
+        rows[f"{name_of(pair['a'], channels[pair['a']])} − {name_of(pair['b'], channels[pair['b']])}"] = {
+            "points": f"{d['value'] * 100:+.1f} ({d['low'] * 100:+.1f} to {d['high'] * 100:+.1f})",
+            "items": pair["items"],
+            "p": pair["p"],
+            "p after Holm": pair["p_holm"],
+            "shown": f"a difference{alone}" if pair["differs"] else "no difference",
+            "items to settle": pair["items_to_settle"],
+            "first over second": f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "–",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").round({"p": 4, "p after Holm": 4})
+
+
 def picture(figure: Figure, *, dpi: int = 110) -> Image:
     """The figure as a PNG that any notebook front end shows."""
     from IPython.display import Image
 
+    dress(figure)
     box = io.BytesIO()
     figure.savefig(box, format="png", dpi=dpi)
     return Image(box.getvalue())  # type: ignore[no-untyped-call]  # IPython is untyped

@@ -1,7 +1,7 @@
-"""From records to summary.json: one entry a channel, one a pair, and a verdict in three lines.
+"""From records to summary.json: one entry a channel, one a pair, and what they come to in words.
 
-Reads records as plain dicts, so that any run folder can be summarised again. Knows nothing about HTTP,
-models or HTML.
+Reads records as plain dicts, so that any run folder can be summarised again; none of the texts of a record is
+looked at, so that slim ones do. Knows nothing about HTTP, models or HTML; the words are verdict.py's.
 """
 
 from __future__ import annotations
@@ -9,31 +9,60 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
+from dsr1kit.compare import latency, load, money, published, stats
 from dsr1kit.compare.stats import Interval, clustered_share, median_interval, paired_difference, percentiles
+from dsr1kit.compare.verdict import headline, verdict
+from dsr1kit.compare.verdict import name_of as name_of
 from dsr1kit.identity import told
-from dsr1kit.records import ANSWERED
+from dsr1kit.records import ANSWERED, Outcome
 
 Record = Mapping[str, Any]
 
+#: Requests that one of the caller's clocks ended: slower than that clock, which is all that is known of them.
+CLOCKED = frozenset({Outcome.QUEUED, Outcome.STALLED, Outcome.DEADLINE})
+_CLOCKS = ("first_token_s", "first_answer_s", "total_s")
+_PERCENTILES = ("p50", "p95", "p99")
+
 
 def summarize(
-    records: Sequence[Record], channels: Sequence[str], promises: Mapping[str, float] | None = None
+    records: Sequence[Record],
+    channels: Sequence[str],
+    promises: Mapping[str, float] | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The summary of a run: `channels`, `pairs` and `verdict`.
+    """The summary of a run: `channels`, `pairs` and `verdict`; of a comparison more.
 
     Args:
         promises: share of requests that a channel's contract promises to answer, by channel.
+        run: a comparison's run.json as data. With it there are `pareto`, `headline`, `published`, `objective` and
+            `client`, what the run noted about its own client, and the verdict knows them.
 
     Accuracy counts replies that could be judged (whole ones, and truncated ones as they stand); requests
-    that failed count in availability instead. Latency counts the same replies, never cached ones.
+    that failed count in availability instead. Latency counts the same replies, never cached ones; requests
+    that a clock ended enter the censored percentiles beside.
     """
-    by_channel = {name: [r for r in records if r["channel"] == name] for name in channels}
-    summaries = {name: _channel(rs, (promises or {}).get(name)) for name, rs in by_channel.items()}
-    pairs = [_pair(a, b, by_channel) for a, b in combinations(channels, 2)]
-    result = {"channels": summaries, "pairs": [p for p in pairs if p is not None]}
+    by_channel: dict[str, list[Record]] = {name: [] for name in channels}
+    for r in records:
+        if r["channel"] in by_channel:
+            by_channel[r["channel"]].append(r)
+    objective = _objective(run)
+    summaries = {name: _channel(rs, (promises or {}).get(name), objective) for name, rs in by_channel.items()}
+    result: dict[str, Any] = {"channels": summaries, "pairs": _pairs(channels, by_channel)}
+    if run is not None:
+        result |= {
+            "pareto": pareto(summaries),
+            "objective": None if objective is None else dict(objective.bounds),
+            "client": list(run.get("client") or []),
+            "published": _published(by_channel, run["identity"].get("task", "")),
+            "headline": headline(result, run["identity"].get("task", "")),
+        }
     return result | {"verdict": verdict(result)}
 
 
@@ -51,45 +80,179 @@ def timed(records: Iterable[Record], name: str) -> list[float]:
     return [r[name] for r in records if r["outcome"] in ANSWERED and not r["from_cache"] and r.get(name) is not None]
 
 
-def _channel(records: Sequence[Record], promised: float | None = None) -> dict[str, Any]:
-    outcomes = Counter(r["outcome"] for r in records)
+def censored(records: Iterable[Record]) -> tuple[list[float], list[bool], list[str]]:
+    """Times to the first answer in seconds, whether it came (else it is later than the time), and the items.
+
+    Counts replies as `timed` does, and requests that a clock or the token limit ended before any answer.
+    Requests that were turned away (throttled, overloaded, ...) say nothing about time: they are availability.
+    """
+    times, ended, items = [], [], []
+    for r in records:
+        if r["from_cache"] or not (r["outcome"] in ANSWERED or r["outcome"] in CLOCKED):
+            continue
+        came = r.get("first_answer_s") is not None
+        at = r["first_answer_s"] if came else r.get("total_s")
+        if at is not None:
+            times.append(at)
+            ended.append(came)
+            items.append(r["item"])
+    return times, ended, items
+
+
+def timed_median(records: Iterable[Record], name: str) -> float | None:
+    """The median of one timing field; None where no record has it."""
+    values = timed(records, name)
+    return float(np.median(values)) if values else None
+
+
+def _timed_items(records: Iterable[Record], name: str) -> tuple[list[float], list[str]]:
+    """What `timed` gives, and the item of each value."""
+    values, items = [], []
+    for r in records:
+        if r["outcome"] in ANSWERED and not r["from_cache"] and (value := r.get(name)) is not None:
+            values.append(value)
+            items.append(r["item"])
+    return values, items
+
+
+def _by_item(records: Iterable[Record], name: str) -> dict[str, list[float]]:
+    out: defaultdict[str, list[float]] = defaultdict(list)
+    for value, item in zip(*_timed_items(records, name), strict=True):
+        out[item].append(value)
+    return dict(out)
+
+
+def _channel(records: Sequence[Record], promised: float | None, objective: load.Objective | None) -> dict[str, Any]:
     answered = [r for r in records if r["outcome"] in ANSWERED]
+    scored = judged(answered)
     right = sum(r["verdict"] == "right" for r in records)
     costs = [r["cost"] for r in records if r["cost"] is not None]
     gaps = timed(records, "inter_token_s")
     thought = sum(r["reasoning_tokens"] or 0 for r in answered)
     said = sum(r["answer_tokens"] or 0 for r in answered)
-    reached = defaultdict(list)
+    cost_total = sum(costs) if costs else None
+    reached: defaultdict[str, list[bool]] = defaultdict(list)
+    kinds: defaultdict[str, list[Record]] = defaultdict(list)
     for r in records:
         if r["outcome"] != "over_budget":
             reached[r["item"]].append(r["outcome"] in ANSWERED)
-    cost_total = sum(costs) if costs else None
+        if r.get("kind"):
+            kinds[r["kind"]].append(r)
+    availability = clustered_share(reached)
+    draws = Counter(r["item"] for r in records)
+    clocks = {name: _timed_items(answered, name) for name in _CLOCKS}
+    names = {(r.get("model_requested"), r.get("model_served")) for r in answered}
     return {
         "n": len(records),
-        "outcomes": dict(sorted(outcomes.items(), key=lambda kv: -kv[1])),
-        "accuracy": _interval(clustered_share(judged(records))),
-        "accuracy_without_truncated": _interval(clustered_share(judged(records, truncated=False))),
-        "n_scored": sum(len(v) for v in judged(records).values()),
+        "n_items": len(draws),
+        "n_samples": max(draws.values(), default=0),
+        "outcomes": dict(sorted(Counter(r["outcome"] for r in records).items(), key=lambda kv: -kv[1])),
+        "accuracy": _interval(clustered_share(scored)),
+        "accuracy_without_truncated": _interval(clustered_share(judged(answered, truncated=False))),
+        "n_scored": sum(len(v) for v in scored.values()),
+        "n_unscored": sum(r["verdict"] == "unscored" for r in answered),
         "n_right": right,
-        "availability": _interval(clustered_share(reached)),
-        "promise": None if promised is None else promise(clustered_share(reached), promised),
+        **_over_samples(scored, answered),
+        "availability": _interval(availability),
+        "promise": None if promised is None else promise(availability, promised),
+        "goodput": None if objective is None else load.goodput(records, objective),
         "models_served": dict(Counter(r["model_served"] for r in answered if r.get("model_served"))),
-        "substitutions": sorted({told(r.get("model_requested") or "", r.get("model_served")) for r in answered} - {""}),
-        "first_token_s": percentiles(timed(records, "first_token_s")),
-        "first_answer_s": percentiles(timed(records, "first_answer_s")),
-        "first_answer_median": _interval(median_interval(timed(records, "first_answer_s"))),
-        "total_s": percentiles(timed(records, "total_s")),
+        "substitutions": sorted({told(asked or "", served) for asked, served in names} - {""}),
+        **{name: percentiles(values) for name, (values, _) in clocks.items()},
+        **{f"{name}_interval": _percentile_intervals(*clock) for name, clock in clocks.items()},
+        "first_answer_s_censored": _censored(records),
+        "first_answer_median": _interval(median_interval(clocks["first_answer_s"][0])),
+        "time_split": time_split(answered),
+        "connections": connections(answered),
         "tokens_per_s": 1 / statistics.median(gaps) if gaps and statistics.median(gaps) > 0 else None,
         "reasoning_tokens_share": thought / (thought + said) if thought + said else None,
         "cost_total": cost_total,
         "cost_per_right": cost_total / right if cost_total is not None and right else None,
+        "cost_per_right_interval": _interval(money.cost_per_right(records)),
         "currency": next((r["currency"] for r in records if r["currency"]), None),
         "emulated": any(r["emulated"] for r in records),
-        "accuracy_by_kind": {
-            kind: _interval(clustered_share(judged(r for r in records if r.get("kind") == kind)))
-            for kind in dict.fromkeys(r.get("kind") for r in records)
-            if kind
+        "accuracy_by_kind": {kind: _interval(clustered_share(judged(rs))) for kind, rs in kinds.items()},
+    }
+
+
+def _over_samples(scored: Mapping[str, Sequence[bool]], answered: Sequence[Record]) -> dict[str, Any]:
+    """pass@k over k (doubling, to the most samples an item has) and majority voting; None with one sample."""
+    most = max((len(v) for v in scored.values()), default=0)
+    if most < 2:
+        return {"pass_at_k": None, "pass_curve": [], "majority": None}
+    ks = sorted({*(2**power for power in range(most.bit_length())), most})
+    curve = [{"k": k, **share._asdict()} for k in ks if (share := stats.pass_at_k(scored, k)) is not None]
+    finals: defaultdict[str, list[tuple[str | None, bool]]] = defaultdict(list)
+    for r in answered:
+        if r["verdict"] != "unscored":
+            finals[r["item"]].append((r.get("final"), r["verdict"] == "right"))
+    # Records of before final answers were kept cannot vote.
+    voters = any(r.get("final") is not None for r in answered)
+    majority = stats.majority_share(finals) if voters else None
+    return {
+        "pass_at_k": curve[-1] if curve and curve[-1]["k"] == most else None,
+        "pass_curve": curve,
+        "majority": None if majority is None else {"k": most, **majority._asdict()},
+    }
+
+
+def _percentile_intervals(values: Sequence[float], items: Sequence[str]) -> dict[str, Any] | None:
+    """Each percentile with its interval, None for one that so few values do not bound; None without any value."""
+    found = latency.percentile_intervals(values, clusters=items)
+    return {q: _interval(found.get(q)) for q in _PERCENTILES} if values else None
+
+
+def _censored(records: Iterable[Record]) -> dict[str, Any]:
+    times, ended, items = censored(records)
+    found = latency.censored_percentiles(times, ended, clusters=items)
+    shown = {q: None if (p := found.get(q)) is None else p._asdict() for q in _PERCENTILES}
+    return shown | {"censored": len(ended) - sum(ended), "n": len(ended)}
+
+
+def time_split(records: Iterable[Record]) -> dict[str, float] | None:
+    """Mean seconds an answered request spent in each stage; they add up to its mean whole time.
+
+    `client_s` due to sent, `connect_s` DNS to TLS, `wait_s` to the first token (the far side's queue and
+    prefill), `think_s` to the first answer, `answer_s` to the end. A reply that a limit cut in its thinking
+    has thought to its end. None where nothing was measured.
+    """
+    rows = [
+        (
+            queue := r.get("queue_s") or 0.0,
+            connect := r.get("connect_s") or 0.0,
+            max(0.0, r["first_token_s"] - queue - connect),
+            (r["total_s"] if (first := r.get("first_answer_s")) is None else first) - r["first_token_s"],
+            0.0 if first is None else r["total_s"] - first,
+        )
+        for r in records
+        if r["outcome"] in ANSWERED
+        and not r["from_cache"]
+        and r.get("first_token_s") is not None
+        and r.get("total_s") is not None
+    ]
+    if not rows:
+        return None
+    means = np.mean(np.array(rows, dtype=float), axis=0)
+    return dict(zip(("client_s", "connect_s", "wait_s", "think_s", "answer_s"), map(float, means), strict=True))
+
+
+def connections(records: Iterable[Record]) -> dict[str, Any] | None:
+    """First token over fresh and over kept connections, medians in seconds; None where nothing is connected to."""
+    cold: list[Record] = []
+    warm: list[Record] = []
+    for r in records:
+        if r["outcome"] in ANSWERED and not r["from_cache"] and r.get("connect_s") is not None:
+            (warm if r.get("connection_reused") else cold).append(r)
+    if not cold and not warm:
+        return None
+
+    return {
+        "cold": {
+            "n": len(cold),
+            "first_token_p50_s": timed_median(cold, "first_token_s"),
+            "connect_p50_s": timed_median(cold, "connect_s"),
         },
+        "warm": {"n": len(warm), "first_token_p50_s": timed_median(warm, "first_token_s")},
     }
 
 
@@ -105,102 +268,73 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
     return None if interval is None else interval._asdict()
 
 
-def _pair(a: str, b: str, by_channel: Mapping[str, Sequence[Record]]) -> dict[str, Any] | None:
-    difference = paired_difference(judged(by_channel[a]), judged(by_channel[b]))
-    if difference is None:
-        return None
-    times = [timed(by_channel[name], "first_answer_s") for name in (a, b)]
-    ratio = statistics.median(times[0]) / statistics.median(times[1]) if all(times) else None
-    return {
-        "a": a,
-        "b": b,
-        "accuracy_difference": {"value": difference.value, "low": difference.low, "high": difference.high},
-        "differs": difference.excludes_zero,
-        "items": difference.items,
-        "items_to_settle": difference.items_to_settle,
-        "first_answer_ratio": ratio,
+def _pairs(channels: Sequence[str], by_channel: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    shares = {name: judged(rs) for name, rs in by_channel.items()}
+    times = {name: _by_item(rs, "first_answer_s") for name, rs in by_channel.items()}
+    medians = {name: timed_median(by_channel[name], "first_answer_s") for name in channels}
+    pairs: list[dict[str, Any]] = []
+    for a, b in combinations(channels, 2):
+        difference = paired_difference(shares[a], shares[b])
+        if difference is None:
+            continue
+        top, bottom = medians[a], medians[b]
+        pairs.append(
+            {
+                "a": a,
+                "b": b,
+                "accuracy_difference": {"value": difference.value, "low": difference.low, "high": difference.high},
+                "differs": difference.excludes_zero,
+                "p": difference.p,
+                "mcnemar_p": stats.mcnemar(shares[a], shares[b]),
+                "items": difference.items,
+                "items_to_settle": difference.items_to_settle,
+                "first_answer_ratio": top / bottom if top is not None and bottom else None,
+                "first_answer_ratio_interval": _interval(latency.paired_median_ratio(times[a], times[b])),
+            }
+        )
+    corrected = stats.holm([pair["p"] for pair in pairs])
+    return [
+        pair | {"p_holm": p, "differs_after_holm": bool(pair["differs"] and p < 0.05)}
+        for pair, p in zip(pairs, corrected, strict=True)
+    ]
+
+
+def pareto(channels: Mapping[str, Any]) -> list[str]:
+    """Channels that no other beats, by the estimates alone.
+
+    One beats another that is as accurate, as fast to the first answer and as cheap per right answer, and better
+    in one of these. What a channel charges is compared within one currency, and with free ones; where it
+    is not known, the channel is neither beaten nor beats.
+    """
+    points = {
+        name: (c["accuracy"]["value"], c["first_answer_s"]["p50"], c["cost_per_right"], c["currency"])
+        for name, c in channels.items()
+        if c["accuracy"] and c["first_answer_s"]
     }
 
+    def beats(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+        if a[2] is None or b[2] is None or (a[2] > 0 and b[2] > 0 and a[3] != b[3]):
+            return False
+        no_worse = a[0] >= b[0] and a[1] <= b[1] and (a[2] == 0 or (b[2] > 0 and a[2] <= b[2]))
+        return bool(no_worse and a[:3] != b[:3])
 
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Three lines for a person: quality, speed, money with availability; and whether other models answered."""
-    channels = summary["channels"]
-    others = [f"{name_of(name, c)} {said}" for name, c in channels.items() for said in c["substitutions"]]
-    return [
-        "Quality: " + _quality(channels, summary["pairs"]),
-        "Speed: " + _speed(channels),
-        "Cost and availability: " + _money(channels),
-        *(["Model: " + "; ".join(others) + "."] if others else []),
-    ]
+    return [name for name, point in points.items() if not any(beats(other, point) for other in points.values())]
 
 
-def name_of(name: str, summary: Mapping[str, Any]) -> str:
-    """A channel's name, marked when it was emulated and its own name does not say so."""
-    return f"{name} (emulated)" if summary["emulated"] and not name.startswith("emulated:") else name
+def _objective(run: Mapping[str, Any] | None) -> load.Objective | None:
+    noted = (run or {}).get("objective")
+    return load.Objective(**noted) if noted else None
 
 
-def _quality(channels: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> str:
-    scored = {n: c for n, c in channels.items() if c["accuracy"]}
-    if not scored:
-        return "no reply could be judged."
-    order = sorted(scored, key=lambda n: -scored[n]["accuracy"]["value"])
-    best = order[0]
-    acc = scored[best]["accuracy"]
-    sure = f"{acc['value']:.0%} ({acc['low']:.0%} to {acc['high']:.0%})"
-    parts = [f"{name_of(best, scored[best])} is right in {sure}"]
-    for name in order[1:]:
-        pair = next((p for p in pairs if {p["a"], p["b"]} == {best, name}), None)
-        if pair is None:
-            continue
-        sign = 1 if pair["a"] == best else -1
-        low, high = sorted(100 * sign * pair["accuracy_difference"][k] for k in ("low", "high"))
-        label = name_of(name, scored[name])
-        if pair["differs"] and low > 0:
-            parts.append(f"{label} is {low:.0f} to {high:.0f} points behind")
-        elif pair["differs"]:
-            # The best over all items need not be so over those that both answered.
-            items = pair["items"]
-            parts.append(f"{label} is {-high:.0f} to {-low:.0f} points ahead on the {items} items both answered")
-        else:
-            settle = pair["items_to_settle"]
-            more = f"about {_round_up(settle)} items would settle it" if settle else "no gap seen to settle"
-            parts.append(f"no difference shown to {label} ({low:+.0f} to {high:+.0f} points; {more})")
-    return "; ".join(parts) + "."
+def _published(by_channel: Mapping[str, Sequence[Record]], task: str) -> list[dict[str, Any]]:
+    """What others have published for the same model and task, one entry a channel and figure; of no emulated one."""
+    found = []
+    for name, records in by_channel.items():
+        if not any(r["emulated"] for r in records):
+            model = next((r["model_requested"] for r in records if r.get("model_requested")), name)
+            found += [{"channel": name, **_plain(score)} for score in published.scores(model, task)]
+    return found
 
 
-def _speed(channels: Mapping[str, Any]) -> str:
-    medians = {n: c["first_answer_s"]["p50"] for n, c in channels.items() if c["first_answer_s"]}
-    if not medians:
-        return "no answer arrived."
-    order = sorted(medians, key=lambda n: medians[n])
-    medians_told = [
-        f"{name_of(n, channels[n])} {medians[n]:.2f} s (p95 {channels[n]['first_answer_s']['p95']:.2f} s)"
-        for n in order
-    ]
-    return "first answer after (median) " + ", ".join(medians_told) + "."
-
-
-def _money(channels: Mapping[str, Any]) -> str:
-    said = []
-    for name, c in channels.items():
-        if c["cost_per_right"] is None:
-            cost = "price unknown" if c["currency"] is None else "nothing right"
-        elif c["cost_per_right"] == 0:
-            cost = "no fee"
-        else:
-            cost = f"{c['currency']} {c['cost_per_right'] * 1000:.3g} per 1,000 right answers"
-        share = c["availability"]["value"] if c["availability"] else 0.0
-        said.append(f"{name_of(name, c)} {cost}, {share:.1%} answered" + _promise(c["promise"]))
-    return "; ".join(said) + "."
-
-
-def _promise(promise: Mapping[str, Any] | None) -> str:
-    if promise is None:
-        return ""
-    verdicts = {"kept": "kept", "broken": "broken", "open": "neither kept nor broken for certain"}
-    return f" ({100 * promise['promised']:.6g}% promised: {verdicts[promise['held']]})"
-
-
-def _round_up(n: int) -> str:
-    step = 10 ** max(0, len(str(n)) - 2)
-    return f"{-(-n // step) * step:,}"
+def _plain(score: Any) -> dict[str, Any]:
+    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in asdict(score).items()}
