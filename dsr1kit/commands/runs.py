@@ -30,7 +30,8 @@ from dsr1kit.errors import UsageError
 @app.command()
 def emulate(
     weather: Annotated[
-        str, typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, peak, scripted, narrow, impostor.")
+        str,
+        typer.Argument(help="A weather file (TOML), or a shipped one: calm, busy, peak, scripted, narrow, impostor."),
     ],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 0,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
@@ -68,8 +69,10 @@ def compare(
     out: Annotated[Path, typer.Option(help="The run's folder; the same command again continues it.")],
     task: Annotated[
         str,
-        typer.Option(help="arithmetic, questions, aime24, aime25, math500, gpqa-diamond, gsm8k, ceval, any of them "
-                     "with :PART, reasoning-gym:NAME, or file:PATH (JSONL or CSV)."),
+        typer.Option(
+            help="arithmetic, questions, aime24, aime25, math500, gpqa-diamond, gsm8k, ceval, any of them "
+            "with :PART, reasoning-gym:NAME, or file:PATH (JSONL or CSV)."
+        ),
     ] = "arithmetic",
     items: Annotated[
         int | None, typer.Option(help="Questions; 0: all.", show_default="50, or all of a task with fewer")
@@ -113,7 +116,11 @@ def compare(
         with terminal_progress(quiet=quiet) as tell:
             done = run_async(
                 run_comparison(
-                    settings, out, channel_file=channel_file, retry_failed=retry_failed, client_check=client_check,
+                    settings,
+                    out,
+                    channel_file=channel_file,
+                    retry_failed=retry_failed,
+                    client_check=client_check,
                     on_progress=tell,
                 )
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsr1kit.compare.figures import COLOURS
-from dsr1kit.compare.runner import verdict_of
+from dsr1kit.compare.judge import verdict_of
 from dsr1kit.compare.stats import Interval, PairedDifference, clustered_share, paired_difference
 from dsr1kit.compare.tasks import Item
 from dsr1kit.errors import UsageError

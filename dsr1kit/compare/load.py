@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,9 @@ Record = Mapping[str, Any]
 #: What was never asked of the far side says nothing about it.
 _NOT_ASKED = frozenset({Outcome.OVER_BUDGET, Outcome.CANCELLED})
 _LEAST_PAUSE_S = 60.0
+
+
+_BOUNDS = ("first_token_s", "first_answer_s", "inter_token_s", "total_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,8 @@ class Objective:
     total_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, bound in asdict(self).items():
+        for name in _BOUNDS:
+            bound = getattr(self, name)
             if bound is not None and not 0 < bound < math.inf:
                 raise UsageError(f"{name} of an objective must be above 0 seconds and finite, not {bound}")
         if not self.bounds:
@@ -56,7 +60,7 @@ class Objective:
     @property
     def bounds(self) -> dict[str, float]:
         """Those that are set, by name."""
-        return {name: bound for name, bound in asdict(self).items() if bound is not None}
+        return {name: bound for name in _BOUNDS if (bound := getattr(self, name)) is not None}
 
     def met(self, record: Record) -> bool:
         """Whether a request was answered, and in time; one that failed was not."""
@@ -65,9 +69,6 @@ class Objective:
             name == "inter_token_s" if (value := record.get(name)) is None else value <= bound
             for name, bound in self.bounds.items()
         )
-
-
-_BOUNDS = tuple(field.name for field in fields(Objective))
 
 
 def parse_slo(text: str) -> Objective:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dsr1kit.compare.curve import percent
 from dsr1kit.compare.figures import COLOURS
-from dsr1kit.compare.runner import verdict_of
+from dsr1kit.compare.judge import verdict_of
 from dsr1kit.compare.stats import Interval, PairedDifference, clustered_share, median_interval, paired_difference
 from dsr1kit.compare.tasks import Item
 from dsr1kit.errors import UnknownName, UsageError
