@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from dsr1kit.compare import arithmetic_texts as texts
@@ -161,7 +161,22 @@ def _sum3(rng: random.Random) -> Problem:
 
 
 def _sum4(rng: random.Random) -> Problem:
-    return _bare("sum4", "sum", [rng.randint(10, 99) for _ in range(4)], rng)
+    """Worked out as three sums of two, which tiny-r1 knows: what is new is to chain them."""
+    operands = [rng.randint(10, 99) for _ in range(4)]
+    problem = _bare("sum4", "sum", operands, rng)
+    lines, total = ["+".join(map(str, operands))], operands[0]
+    for operand in operands[1:]:
+        more, total = solve("sum", (total, operand), problem.language)
+        lines += more
+    return replace(problem, reasoning="\n".join(lines))
+
+
+def chained(operands: Sequence[int]) -> list[Step]:
+    """The sums of two by which a sum of several is worked out."""
+    totals = [sum(operands[:at]) for at in range(1, len(operands))]
+    return [
+        step for total, operand in zip(totals, operands[1:], strict=True) for step in steps_of("sum", (total, operand))
+    ]
 
 
 def _difference(rng: random.Random) -> Problem:

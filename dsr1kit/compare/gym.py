@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
 PREFIX = "reasoning-gym:"
+#: Settings of a generator, as (name, value) pairs.
+Options = tuple[tuple[str, Any], ...]
 #: Questions that one generator is asked for; some arrange theirs by how many there are, so it is always as many.
 SIZE = 5_000
 #: The longest answer, in characters, that a generator's scorer is given.
@@ -59,24 +62,27 @@ def generators() -> tuple[str, ...]:
 
 def facts(task: str) -> TaskFacts:
     """What is known about one generator's task. Raises UnknownName, MissingExtra."""
-    name = _known(task)
+    name, options = _known(task)
+    told = "".join(f", {key} {value}" for key, value in options)
     return TaskFacts(
-        name=task, title=f"reasoning-gym, {name.replace('_', ' ')}", source=f"reasoning_gym {_version()}",
+        name=task, title=f"reasoning-gym, {name.replace('_', ' ')}{told}", source=f"reasoning_gym {_version()}",
         license="Apache-2.0",
     )  # fmt: skip
 
 
 def load(task: str, items: int, seed: int) -> list[Item]:
-    """The first `items` questions of `reasoning-gym:NAME`, no two alike.
+    """The first `items` questions of `reasoning-gym:NAME` or `reasoning-gym:NAME:OPTION=VALUE,...`, no two alike.
+
+    Options are the generator's own settings, such as `chain_sum:max_terms=3,max_digits=2`.
 
     Raises:
-        UnknownName: no such generator.
+        UnknownName: no such generator or option.
         UsageError: more than it makes.
         MissingExtra: the package is not installed.
     """
-    name = _known(task)
+    name, options = _known(task)
     elsewhere = name in _BY_HASH and not _hashes_as_anywhere()
-    made = _made_elsewhere(name, items, seed) if elsewhere else _made(name, items, seed)
+    made = (_made_elsewhere if elsewhere else _made)(name, items, seed, options)
     if len(made) < items:
         raise UsageError(
             f"{task} made {len(made):,} different questions with seed {seed}, not {items:,}: ask for at most that many"
@@ -84,10 +90,10 @@ def load(task: str, items: int, seed: int) -> list[Item]:
     return [Item(**one) for one in made]
 
 
-def _made(name: str, items: int, seed: int) -> list[dict[str, str]]:
+def _made(name: str, items: int, seed: int, options: Options = ()) -> list[dict[str, str]]:
     # Generators add a question's place to the seed: near seeds would share nearly all questions.
     own_seed = int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:4], "big") >> 1
-    dataset = _dataset(name, own_seed)
+    dataset = _dataset(name, own_seed, options)
     found: dict[str, dict[str, str]] = {}
     for index in range(SIZE):
         if len(found) == items:
@@ -95,6 +101,8 @@ def _made(name: str, items: int, seed: int) -> list[dict[str, str]]:
         entry = dataset[index]
         question = str(entry["question"]).strip()
         reference: dict[str, Any] = {"generator": name, "seed": own_seed, "index": index, "question": hashed(question)}
+        if options:
+            reference["options"] = options
         if name in _BY_HASH:  # whose scorers look at the answer alone
             reference["entry"] = {"question": question, "answer": entry["answer"]}
         elif _survives_json(entry):
@@ -112,9 +120,9 @@ def _made(name: str, items: int, seed: int) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def _made_elsewhere(name: str, items: int, seed: int) -> list[dict[str, str]]:
+def _made_elsewhere(name: str, items: int, seed: int, options: Options = ()) -> list[dict[str, str]]:
     """As `_made`, in a process whose hashes are those of every other such process."""
-    asked = json.dumps([sys.path, name, items, seed])
+    asked = json.dumps([sys.path, name, items, seed, options])
     done = subprocess.run(  # noqa: S603 - this very interpreter
         [sys.executable, "-W", "ignore", "-c", _PROGRAM, asked],
         env=os.environ | {"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=False,
@@ -127,10 +135,10 @@ def _made_elsewhere(name: str, items: int, seed: int) -> list[dict[str, str]]:
 
 _PROGRAM = """
 import json, sys
-path, name, items, seed = json.loads(sys.argv[1])
+path, name, items, seed, options = json.loads(sys.argv[1])
 sys.path[:] = path
 from dsr1kit.compare import gym
-made = gym._made(name, items, seed)
+made = gym._made(name, items, seed, tuple(map(tuple, options)))
 print("\\n\\n" + json.dumps(made))
 """
 
@@ -158,7 +166,7 @@ def score(answer: str, reference: str) -> Verdict:
     """
     told = json.loads(reference)
     name = told["generator"]
-    dataset = _dataset(name, told["seed"])
+    dataset = _dataset(name, told["seed"], tuple(map(tuple, told.get("options", ()))))
     entry = told.get("entry") or dataset[told["index"]]
     if hashed(str(entry["question"]).strip()) != told["question"]:
         return "unscored"
@@ -193,19 +201,37 @@ def _harmless(text: str) -> bool:
     return all(_WORD.fullmatch(word) for word in re.findall(r"[A-Za-z_]\w*", text))
 
 
-def _known(task: str) -> str:
-    name = task.removeprefix(PREFIX)
+def _known(task: str) -> tuple[str, Options]:
+    """Generator and options of a task's name."""
+    name, _, told = task.removeprefix(PREFIX).partition(":")
     names = generators()
     if name not in names:
         raise UnknownName(
             "reasoning-gym generator", name, names, hint=f"All {len(names)}: {', '.join(names)}" if not name else ""
         )
-    return name
+    options = []
+    for part in filter(None, told.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            options.append((key.strip(), ast.literal_eval(value)))
+        except (ValueError, SyntaxError):
+            raise UsageError(f"{task}: an option is NAME=VALUE, such as max_terms=3, not {part!r}") from None
+    if options:
+        fields = dataclasses.fields(_factory().DATASETS[name][1])
+        known = {field.name for field in fields} - {"seed", "size"}
+        for key, _ in options:
+            if key not in known:
+                raise UnknownName(f"option of {name}", key, known)
+        try:
+            _dataset(name, 0, tuple(options))
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UsageError(f"{task}: {str(error) or 'a value is out of range'}") from None
+    return name, tuple(options)
 
 
 @lru_cache(maxsize=8)
-def _dataset(name: str, seed: int) -> ProceduralDataset:
-    dataset = _factory().create_dataset(name, seed=seed, size=SIZE)
+def _dataset(name: str, seed: int, options: Options = ()) -> ProceduralDataset:
+    dataset = _factory().create_dataset(name, seed=seed, size=SIZE, **dict(options))
     if name in _EVALUATING:
         # Their scorers evaluate the answer, which a model wrote: literals are all that they get.
         sys.modules[type(dataset).__module__].__dict__["eval"] = ast.literal_eval

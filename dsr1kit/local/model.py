@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -26,6 +26,7 @@ from dsr1kit.local.load import (
     locate,
     quiet,
 )
+from dsr1kit.local.prompts import Prompt, prompt_of
 from dsr1kit.local.reading import Kind, Text, judged, read, timing_of
 from dsr1kit.local.rows import Row
 from dsr1kit.records import (
@@ -46,14 +47,6 @@ if TYPE_CHECKING:
     from dsr1kit.local.adapters import Adapters
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """Token ids of a conversation, and whether they end inside the thinking."""
-
-    ids: list[int]
-    opened: bool
 
 
 class LocalModel:
@@ -362,24 +355,11 @@ class LocalModel:
         assert self._desk is not None  # noqa: S101 - the callers have looked
         return await asyncio.shield(asyncio.wrap_future(self._desk.call(work)))
 
-    def _prompt(self, messages: Sequence[Message]) -> _Prompt:
-        """The conversation by the model's own template, earlier thinking left out, the new one opened.
-
-        R1's card asks for `<think>\\n` at the start of every answer; where a template does not put it there and
-        the model has the tag, it is added.
-        """
-        tokenizer, marks = self.loaded.tokenizer, self.loaded.marks
-        turns = [{**turn, "content": _without_thinking(turn)} for turn in messages]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        # Where the end of thinking is no token of its own, nothing could tell it from the answer.
-        opened = marks.end_think is not None and text.rstrip().endswith("<think>")
-        if not opened and marks.think is not None and marks.end_think is not None:
-            text, opened = f"{text}<think>\n", True
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return _Prompt([int(token) for token in ids], opened)
+    def _prompt(self, messages: Sequence[Message]) -> Prompt:
+        return prompt_of(self.loaded.tokenizer, self.loaded.marks, messages)
 
     def _row(
-        self, prompt: _Prompt, sampling: Sampling, on_token: Callable[[int], bool], width: int | None = None
+        self, prompt: Prompt, sampling: Sampling, on_token: Callable[[int], bool], width: int | None = None
     ) -> Row:
         limit = min(sampling.max_tokens, self.loaded.context - len(prompt.ids))
         return Row(prompt.ids, sampling, limit, prompt.opened, on_token, width=width or self.max_batch)
@@ -400,13 +380,6 @@ class LocalModel:
 
 def _with_adapter(reply: Reply, adapter: str | None) -> Reply:
     return reply if adapter is None else replace(reply, extra={**reply.extra, "adapter": adapter})
-
-
-def _without_thinking(turn: Message) -> str:
-    """An earlier answer without its reasoning, as R1's template does; some templates leave that to the caller."""
-    if turn["role"] != "assistant" or "</think>" not in turn["content"]:
-        return turn["content"]
-    return turn["content"].rpartition("</think>")[2].lstrip("\n")
 
 
 def _too_long(prompt_tokens: int, context: int) -> str:

@@ -1,0 +1,138 @@
+"""What the kit adds to TRL's trainers: whole checkpoints, an order of its own, progress, and the curve of a run.
+
+Knows transformers' Trainer; nothing about data or models.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsr1kit.errors import RunError
+from dsr1kit.finetune import checkpoints
+from dsr1kit.finetune.base import disk_told
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: (step, steps, loss, seconds left)
+OnStep = Callable[[int, int, float, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How a training went, one entry a step.
+
+    Attributes:
+        steps: numbers, from 1.
+        losses: mean cross-entropy of the tokens that count, in nats.
+        learning_rates: of the step.
+        grad_norms: before clipping.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+
+    @classmethod
+    def of(cls, history: Sequence[Mapping[str, Any]]) -> Curve:
+        """From a trainer's log."""
+        rows = [row for row in history if "loss" in row and "learning_rate" in row]
+        return cls(
+            tuple(int(row["step"]) for row in rows),
+            tuple(float(row["loss"]) for row in rows),
+            tuple(float(row["learning_rate"]) for row in rows),
+            tuple(float(row.get("grad_norm") or 0.0) for row in rows),
+        )
+
+    def figure(self) -> Figure:
+        """Loss by step above, the learning rate below."""
+        from matplotlib.figure import Figure
+
+        from dsr1kit.compare.figures import COLOURS
+
+        drawing = Figure(figsize=(7.4, 4.2), layout="constrained")
+        above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        above.plot(self.steps, self.losses, color=COLOURS[0], alpha=0.35, linewidth=1, label="each step")
+        smooth, span = [], max(1, len(self.losses) // 20)
+        for at in range(len(self.losses)):
+            part = self.losses[max(0, at - span) : at + 1]
+            smooth.append(sum(part) / len(part))
+        above.plot(self.steps, smooth, color=COLOURS[0], linewidth=2, label=f"mean of {span + 1} steps")
+        above.set_ylabel("loss (nats a token)")
+        above.set_ylim(bottom=0)
+        above.legend(frameon=False, fontsize=9)
+        below.plot(self.steps, self.learning_rates, color=COLOURS[1], linewidth=2)
+        below.set_ylabel("learning rate")
+        below.set_xlabel("step")
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=9)
+        return drawing
+
+
+def safe(trainer: type) -> type:
+    """The same trainer with checkpoints that are whole or not there, and rows in their own order."""
+    import torch
+
+    class Safe(trainer):  # type: ignore[misc]  # a class known at run time
+        in_order = False  # whether the dataset holds the rows in the order of the steps
+        global_batch = 1
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.is_world_process_zero():
+                    checkpoints.seal(folder)
+            except Exception as error:
+                full = disk_told(error)
+                if full is None:
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)
+                last = checkpoints.newest(folder.parent)
+                kept = f"the last good one is {last}" if last else "there was none before"
+                raise RunError(
+                    f"the checkpoint of step {self.state.global_step} could not be written: {full}; {kept}. Make room, "
+                    "then the same command goes on from it"
+                ) from None
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """The kit writes its own, with what was measured."""
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            if self.in_order:
+                return torch.utils.data.SequentialSampler(self.train_dataset if dataset is None else dataset)
+            return super()._get_train_sampler(dataset)
+
+    return Safe
+
+
+def follow(on_step: OnStep | None) -> Any:
+    """A callback that tells how a training goes, with the time left by the pace of this start; its `spent_s` is how
+    long the steps of this start took."""
+    from transformers import TrainerCallback
+
+    base: Any = TrainerCallback
+
+    class Follow(base):  # type: ignore[misc]  # transformers is untyped here
+        began, first, spent_s = 0.0, 0, 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began, self.first = time.perf_counter(), state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            self.spent_s = time.perf_counter() - self.began
+            left = self.spent_s / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
+            if on_step is not None and state.is_world_process_zero:
+                on_step(state.global_step, state.max_steps, float(logs["loss"]), left)
+
+    return Follow()
