@@ -19,7 +19,7 @@ from dsr1kit.finetune.base import disk_told
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: (step, steps, loss, seconds left)
+#: (step, steps, the loss or another value, seconds left)
 OnStep = Callable[[int, int, float, float], None]
 
 
@@ -114,9 +114,13 @@ def safe(trainer: type) -> type:
     return Safe
 
 
-def follow(on_step: OnStep | None) -> Any:
+def follow(on_step: OnStep | None, value: str = "loss") -> Any:
     """A callback that tells how a training goes, with the time left by the pace of this start; its `spent_s` is how
-    long the steps of this start took."""
+    long the steps of this start took.
+
+    Args:
+        on_step: what is called; value: the metric that it is given.
+    """
     from transformers import TrainerCallback
 
     base: Any = TrainerCallback
@@ -128,11 +132,11 @@ def follow(on_step: OnStep | None) -> Any:
             self.began, self.first = time.perf_counter(), state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not logs or "loss" not in logs:
+            if not logs or value not in logs:
                 return
             self.spent_s = time.perf_counter() - self.began
             left = self.spent_s / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
             if on_step is not None and state.is_world_process_zero:
-                on_step(state.global_step, state.max_steps, float(logs["loss"]), left)
+                on_step(state.global_step, state.max_steps, float(logs[value]), left)
 
     return Follow()
