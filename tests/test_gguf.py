@@ -312,13 +312,17 @@ def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
     with loopback.running() as hub:
         hub.push("someone/gated", {"config.json": config}, gated=True)
         hub.push("someone/pickled", {"config.json": config, "pytorch_model.bin": b"x"})
-        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled")]
+        hub.push("someone/packed", {"README.md": b"", "a.Q4_K_M.gguf": b"GGUF", "a.Q8_0.gguf": b"GGUF"})
+        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled", "packed")]
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
-        misspelled, gated, pickled = opened(*models, **environment)
+        misspelled, gated, pickled, packed = opened(*models, **environment)
     assert "spelling" in misspelled
+    assert "licence" not in misspelled
     assert "licence" in gated
     assert "HF_TOKEN" in gated
-    assert "safetensors" in pickled
+    assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
+    assert "damaged" not in pickled
+    assert "holds GGUF files (2): fetch one (dsr1kit weights someone/packed)" in packed
 
 
 def test_offline_a_model_that_is_not_there_says_so(tmp_path):

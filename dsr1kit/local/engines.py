@@ -40,7 +40,7 @@ from dsr1kit.local.engine_checks import (
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
-from dsr1kit.local.load import locate
+from dsr1kit.local.load import held_instead, hub_advice, locate
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -403,11 +403,15 @@ def _folder(place: str) -> Path:
     try:
         folder = snapshot_download(place, allow_patterns=_LISTED, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        if advice := hub_advice(str(error)):
+            raise ModelError(f"{place} could not be downloaded: {first}. {advice}") from None
         raise ModelError(
             f"{place} could not be downloaded: {first}. Check the name and the network (HF_ENDPOINT names a mirror; "
             f"with HF_HUB_OFFLINE set nothing is fetched), or run dsr1kit weights {place} and serve its folder"
         ) from None
+    if not list(Path(folder).glob("*.safetensors")) and (told := held_instead(place)):
+        raise ModelError(told)
     return Path(locate(folder)[0])
 
 
