@@ -171,14 +171,17 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
         bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
         options = _quantized(bits, getattr(torch, name))
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        came: Any = AutoModelForCausalLM.from_pretrained(
             place,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, name),
             device_map={"": device},
+            output_loading_info=True,
             **options,
         )
+        model, found = came
+        refuse_lacking(source, found)
         model.eval()
         if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
@@ -338,6 +341,19 @@ def held_instead(model: str) -> str:
             "are loaded, and never are: look for a repository of the same model with safetensors"
         )
     return f"{model} holds no weights, neither safetensors nor GGUF: check the hub id"
+
+
+def refuse_lacking(source: str | Path, found: Any) -> None:
+    """Raise ModelError where weights are missing, which transformers fills with random numbers, silently.
+
+    Args:
+        found: its loading info.
+    """
+    if lacking := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(lacking)} of its weights, such as {lacking[0]}, and would answer from random numbers "
+            "in their place: it is a part of a model; copy or fetch it again, whole (dsr1kit weights checks every byte)"
+        )
 
 
 def _refuse_wrong_products(model: Any) -> None:
