@@ -286,12 +286,12 @@ def _why_not(source: str, quantization: str, device: str, error: Exception) -> s
     head = f"could not load {source} ({quantization}, {device}): {said}"
     if advice := hub_advice(text):
         return f"{head}. {advice}"
-    if _HUB_ID.fullmatch(source) and (told := held_instead(source)):
-        return told
     if "out of memory" in text or "can't allocate memory" in text:
         return f"{head}. See what fits here: dsr1kit fits"
     if "not compiled with cuda" in text or "no nvidia driver" in text or "cuda-capable device" in text:
         return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
+    if _HUB_ID.fullmatch(source) and (told := held_instead(source)):
+        return told
     if "safetensor" in text or "header" in text:
         return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and "/" in source:
