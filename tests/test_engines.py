@@ -773,3 +773,13 @@ def test_transformers_serve_draws_by_temperature_and_seed(real):
     first, second, again = (r.reasoning + r.answer for r in ask_real(real, vague, *samplings))
     assert first == again
     assert first != second
+
+
+def test_a_model_that_lacks_weights_is_not_served_from_random_numbers(copied):
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(copied / "model.safetensors")
+    kept = {name: weight for name, weight in held.items() if ".layers.1." not in name}
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights, such as model\.layers\.1\..*Its log: "):
+        run(Engine(copied, engine="transformers"))

@@ -36,6 +36,7 @@ from dsr1kit.local.engine_checks import (
     check_room,
     check_weights_of,
     gpus_for,
+    made_up_in,
 )
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
@@ -295,6 +296,11 @@ class Engine:
                 f"{self.engine} runs but does not answer ({reply.outcome.value}: {reply.detail}); the log says: "
                 f"{(cause := self._cause(self._process)) or 'nothing'}. {advice_for(self.source, 0, cause)}"
                 + self._log(self._process)
+            )
+        if self.engine == "transformers" and (lacking := made_up_in(self._process.tail(_CAUSE_LINES))):
+            raise ModelError(
+                f"{self.source} lacks weights, such as {lacking}, and would answer from random numbers in their place: "
+                f"it is a part of a model; copy or fetch it again, whole. {self._log(self._process)}"
             )
 
     async def _healthy(self, process: Supervised, deadline: float) -> None:
