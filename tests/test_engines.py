@@ -204,6 +204,11 @@ def test_out_of_memory_is_told_with_what_needs_less(monkeypatch):
     assert "--quantization 4bit" in message
 
 
+def test_a_file_that_llama_cpp_finds_cut_short_is_told_with_what_mends_it(monkeypatch):
+    message = failed(fake("cut short", monkeypatch))
+    assert "model is corrupted or incomplete. Likely its weights are damaged: copy or download it again." in message
+
+
 def test_an_engine_built_for_another_processor_is_told_as_that(monkeypatch):
     assert "was ended by SIGILL. It was built for another processor" in failed(fake("illegal", monkeypatch))
 

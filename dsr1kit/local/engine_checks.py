@@ -36,7 +36,8 @@ _KILLED, _ILLEGAL = 128 + signal.SIGKILL, 128 + signal.SIGILL
 ENDED_BY_OTHERS = (_KILLED, _ILLEGAL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 _MOST_CAUSE = 400  # characters
 _MENDS = (
-    (re.compile(r"safetensor|deserializ|header", re.IGNORECASE), "its weights are damaged: copy or download it again"),
+    (re.compile(r"safetensor|deserializ|header|corrupted or incomplete|gguf_init", re.IGNORECASE),
+     "its weights are damaged: copy or download it again"),
     (re.compile(r"chat.?template", re.IGNORECASE), "it has no usable chat template: serve an instruct or R1 model"),
     (re.compile(r"size mismatch|shape|must be equal|divisible", re.IGNORECASE),
      "its weights, or the adapter's, and config.json are not of one model: take all files from one place"),
