@@ -24,6 +24,9 @@ if mode == "points back":
 if mode == "memory":
     print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 14.00 GiB", flush=True)
     sys.exit(1)
+if mode == "cut short":
+    print("E llama_model_load: error loading model: model is corrupted or incomplete", flush=True)
+    sys.exit(1)
 if mode == "illegal":
     os.kill(os.getpid(), signal.SIGILL)
 if mode == "stubborn":

@@ -154,6 +154,20 @@ class LoopbackHub:
         asked.sent = len(response.body or b"")  # type: ignore[arg-type]  # json_response's body is bytes
         return response
 
+    async def tree(self, request: web.Request) -> web.StreamResponse:
+        """The files of a commit, as the Hub's own client asks for them."""
+        repo = self.repos.get(f"{request.match_info['org']}/{request.match_info['name']}")
+        if refused := self._may_not(repo, request, describing=True):
+            return refused
+        assert repo is not None
+        entries = []
+        for path, content in repo.commits[request.match_info["revision"]].items():
+            entry = {"type": "file", "path": path, "size": len(content), "oid": git_blob(content)}
+            if large(path):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        return web.json_response(entries)
+
     async def resolve(self, request: web.Request) -> web.StreamResponse:
         path, model = request.match_info["path"], f"{request.match_info['org']}/{request.match_info['name']}"
         asked = self._note("hub", path, request)
@@ -306,6 +320,7 @@ class LoopbackHub:
         hub, cdn = web.Application(), web.Application()
         model = "/{org:[^/]+}/{name:[^/]+}"
         hub.router.add_get(f"/api/models{model}/revision/{{revision:.+}}", self.model_info)
+        hub.router.add_get(f"/api/models{model}/tree/{{revision:[^/]+}}", self.tree)
         hub.router.add_get(f"/api/models{model}", self.model_info)
         hub.router.add_get(f"{model}/resolve/{{revision:[^/]+}}/{{path:.+}}", self.resolve)
         hub.router.add_get(f"/api/v1/models{model}/repo/files", self.repo_files)

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import hub as loopback
 import psutil
 import pytest
 import yaml
@@ -203,6 +204,11 @@ def test_out_of_memory_is_told_with_what_needs_less(monkeypatch):
     assert "--quantization 4bit" in message
 
 
+def test_a_file_that_llama_cpp_finds_cut_short_is_told_with_what_mends_it(monkeypatch):
+    message = failed(fake("cut short", monkeypatch))
+    assert "model is corrupted or incomplete. Likely its weights are damaged: copy or download it again." in message
+
+
 def test_an_engine_built_for_another_processor_is_told_as_that(monkeypatch):
     assert "was ended by SIGILL. It was built for another processor" in failed(fake("illegal", monkeypatch))
 
@@ -292,6 +298,31 @@ def test_a_hub_model_that_cannot_be_downloaded_is_told_with_what_helps(monkeypat
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "ModelError: no-such-org/no-such-model could not be downloaded" in ran.stderr
     assert "HF_HUB_OFFLINE" in ran.stderr
+
+
+def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
+    config = (data_dir() / "tiny-r1" / "config.json").read_bytes()
+    code = (
+        "import asyncio, sys\nfrom dsr1kit.errors import ModelError\nfrom dsr1kit.local.engines import Engine\n"
+        "for model in sys.argv[1:]:\n"
+        "    try:\n        asyncio.run(Engine(model, engine='transformers').__aenter__())\n"
+        "    except ModelError as error:\n        print(error)"
+    )
+    with loopback.running() as hub:
+        hub.push("someone/gated", {"config.json": config}, gated=True)
+        hub.push("someone/pickled", {"config.json": config, "pytorch_model.bin": b"x"})
+        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled")]
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *models], env=os.environ | environment, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        asked_for_pickles = hub.of("pytorch_model.bin")
+    misspelled, gated, pickled = ran.stdout.splitlines()
+    assert "Check the spelling of the hub id" in misspelled
+    assert "Accept the licence on the model's page, then set HF_TOKEN" in gated
+    assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
+    assert not asked_for_pickles
 
 
 @pytest.fixture
@@ -747,3 +778,13 @@ def test_transformers_serve_draws_by_temperature_and_seed(real):
     first, second, again = (r.reasoning + r.answer for r in ask_real(real, vague, *samplings))
     assert first == again
     assert first != second
+
+
+def test_a_model_that_lacks_weights_is_not_served_from_random_numbers(copied):
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(copied / "model.safetensors")
+    kept = {name: weight for name, weight in held.items() if ".layers.1." not in name}
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights, such as model\.layers\.1\..*Its log: "):
+        run(Engine(copied, engine="transformers"))

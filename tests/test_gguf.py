@@ -59,9 +59,8 @@ def opened(*sources, **environment):
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def tiny_gguf(tmp_path_factory):
-    """tiny-r1 as a GGUF file in fp16."""
+def write_gguf(path, *, without=(), parts=1):
+    """tiny-r1 as a GGUF file in fp16; `without` some tensors, or said to be the first of several parts."""
     from gguf import GGUFWriter
     from safetensors.numpy import load_file
 
@@ -72,8 +71,9 @@ def tiny_gguf(tmp_path_factory):
     words = tokenizer["model"]["vocab"] | {one["content"]: one["id"] for one in tokenizer["added_tokens"]}
     special = {one["id"] for one in tokenizer["added_tokens"]}
     words |= {f"<unused{n}>": n for n in range(config["vocab_size"]) if n not in words.values()}
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = GGUFWriter(path, "qwen2")
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -99,12 +99,18 @@ def tiny_gguf(tmp_path_factory):
             layer, _, rest = name.removeprefix("model.layers.").partition(".")
             part, _, kind = rest.rpartition(".")
             called = f"blk.{layer}.{names[part]}.{kind}"
-        writer.add_tensor(called, weight.astype("float32") if weight.ndim == 1 else weight)
+        if called not in without:
+            writer.add_tensor(called, weight.astype("float32") if weight.ndim == 1 else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture
@@ -196,6 +202,16 @@ def test_a_damaged_header_is_an_error_that_names_the_file(tiny_gguf, cache, tmp_
     assert all(str(path) in told for told in refused)
 
 
+def test_a_part_of_a_model_is_never_taken_for_the_whole(cache, tmp_path):
+    lacking = write_gguf(tmp_path / "lacking.gguf", without=("blk.1.ffn_up.weight", "output_norm.weight"))
+    with pytest.raises(ModelError, match=r"lacking\.gguf lacks 2 of its weights, such as model\.layers\.1\.mlp"):
+        ask(lacking)
+    first = write_gguf(tmp_path / "tiny-00001-of-00003.gguf", parts=3)
+    with pytest.raises(ModelError, match=r"one of 3 parts .*dsr1kit serve .*llama-gguf-split"):
+        ask(first)
+    assert list(cache.iterdir()) == []
+
+
 def test_an_architecture_that_cannot_be_read_is_sent_to_llama_cpp(cache, tmp_path):
     import numpy as np
     from gguf import GGUFWriter
@@ -275,6 +291,18 @@ def test_weights_that_are_cut_short_are_told_and_not_thrown(folder, size):
         ask(folder)
 
 
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_weights_that_are_missing_are_not_made_up(folder, quantization):
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in held.items() if ".layers.2." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    lacking = f"lacks {len(held) - len(kept)} of its weights, such as model.layers.2"
+    with pytest.raises(ModelError, match=lacking):
+        ask(folder, quantization=quantization)
+
+
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"model_type": "nothing-known"}'])
 def test_a_config_that_means_nothing_is_told_and_not_thrown(folder, config):
     (folder / "config.json").write_text(config)
@@ -312,13 +340,17 @@ def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
     with loopback.running() as hub:
         hub.push("someone/gated", {"config.json": config}, gated=True)
         hub.push("someone/pickled", {"config.json": config, "pytorch_model.bin": b"x"})
-        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled")]
+        hub.push("someone/packed", {"README.md": b"", "a.Q4_K_M.gguf": b"GGUF", "a.Q8_0.gguf": b"GGUF"})
+        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled", "packed")]
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
-        misspelled, gated, pickled = opened(*models, **environment)
+        misspelled, gated, pickled, packed = opened(*models, **environment)
     assert "spelling" in misspelled
+    assert "licence" not in misspelled
     assert "licence" in gated
     assert "HF_TOKEN" in gated
-    assert "safetensors" in pickled
+    assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
+    assert "damaged" not in pickled
+    assert "holds GGUF files (2): fetch one (dsr1kit weights someone/packed)" in packed
 
 
 def test_offline_a_model_that_is_not_there_says_so(tmp_path):

@@ -301,8 +301,22 @@ def test_pickled_checkpoints_are_refused(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(data_dir() / "tiny-r1", folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickles"):
+    with pytest.raises(ModelError, match="pickles, which can run any code"):
         ask(source=str(folder))
+
+
+def test_files_that_are_named_themselves_are_refused_by_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for name in ("r1.pt", "pytorch_model.bin", "R1.CKPT"):
+        (tmp_path / "model" / name).write_bytes(b"\x80\x04.")
+        # Relative, it reads like a hub id.
+        for source in (str(tmp_path / "model" / name), f"model/{name}"):
+            with pytest.raises(ModelError, match="is a pickle, which can run any code"):
+                ask(source=source)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="is a file: name the folder"):
+        ask(source="model/model.safetensors")
 
 
 def test_a_folder_serves_as_well(tmp_path):

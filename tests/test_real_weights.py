@@ -83,6 +83,21 @@ def test_streamed_answers_are_generates_own(smollm2, transformer):
         assert reply.usage.prompt_tokens == len(ids)
 
 
+def test_a_batch_of_the_same_composition_is_generates_own_batch(transformer):
+    import torch
+
+    from dsr1kit.local.decode import Decoder, run_rows
+    from dsr1kit.local.rows import Row, marks_of
+
+    model, tokenizer = transformer
+    for ids in prompts(tokenizer)[:2]:
+        rows = [Row(ids, Sampling(temperature=0), 40, False, lambda _: False) for _ in range(4)]
+        run_rows(Decoder(model, marks_of(tokenizer, model), 8192), rows)
+        inputs = torch.tensor([ids] * 4)
+        theirs = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=40)
+        assert [one.made for one in rows] == theirs[:, len(ids) :].tolist()
+
+
 def test_rows_that_replace_each_other_differ_at_near_ties_alone(transformer):
     import torch
 

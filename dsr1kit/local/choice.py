@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from dsr1kit.errors import ModelError, UsageError
-from dsr1kit.local.folder import WEIGHTS, safe_path, series_of
+from dsr1kit.local.folder import PICKLES, WEIGHTS, safe_path, series_of
 from dsr1kit.local.hub import Listing, RemoteFile
 
 _BESIDE = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "*.jinja", "*.safetensors.index.json", "README*", "LICENSE*", "LICENCE*", "NOTICE*",
 )  # fmt: skip
-# Pickles run code when they are loaded, and code is never run; the others are for frameworks that are not used here.
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-_NEVER = (*_PICKLES, ".py", ".msgpack", ".h5", ".onnx", ".npz", ".so")
+# Code is never run; the others are for frameworks that are not used here.
+_NEVER = (*PICKLES, ".py", ".msgpack", ".h5", ".onnx", ".npz", ".so")
 
 
 def select(model: str, files: Sequence[RemoteFile], patterns: Sequence[str] = ()) -> list[RemoteFile]:
@@ -51,7 +50,7 @@ def select(model: str, files: Sequence[RemoteFile], patterns: Sequence[str] = ()
         return list({file.path: file for file in (*safetensors, *beside)}.values())
     ggufs = [file for file in usable if file.path.endswith(".gguf")]
     if not ggufs:
-        pickles = [file.path for file in files if file.path.lower().endswith(_PICKLES)]
+        pickles = [file.path for file in files if file.path.lower().endswith(PICKLES)]
         if pickles:
             raise ModelError(
                 f"{model} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run any code when "

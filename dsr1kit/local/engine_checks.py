@@ -23,6 +23,8 @@ from dsr1kit.local.shapes import Shape, shape_of_config
 
 _EXCEPTION = re.compile(r"(?:^|(?<=\s))(?:\w+\.)*\w*(?:Error|Exception): \S.*")
 _FAILURE = re.compile(r"\berror\b|\bfailed\b", re.IGNORECASE)
+# transformers' table of what it loaded: of a weight that it did not find it takes random numbers.
+_MADE_UP = re.compile(r"^(\S.*?)\s*\|\s*MISSING\b", re.MULTILINE)
 _POINTS_BACK = re.compile(r"see root cause above|see (?:the )?(?:stack )?trace", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|cannot allocate memory|failed to allocate|bad_alloc|MemoryError|"
@@ -34,7 +36,8 @@ _KILLED, _ILLEGAL = 128 + signal.SIGKILL, 128 + signal.SIGILL
 ENDED_BY_OTHERS = (_KILLED, _ILLEGAL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 _MOST_CAUSE = 400  # characters
 _MENDS = (
-    (re.compile(r"safetensor|deserializ|header", re.IGNORECASE), "its weights are damaged: copy or download it again"),
+    (re.compile(r"safetensor|deserializ|header|corrupted or incomplete|gguf_init", re.IGNORECASE),
+     "its weights are damaged: copy or download it again"),
     (re.compile(r"chat.?template", re.IGNORECASE), "it has no usable chat template: serve an instruct or R1 model"),
     (re.compile(r"size mismatch|shape|must be equal|divisible", re.IGNORECASE),
      "its weights, or the adapter's, and config.json are not of one model: take all files from one place"),
@@ -144,6 +147,11 @@ def cause_in(log: str) -> str:
     failures = [line for line in lines if _FAILURE.search(line)]
     cause = last[-1] if last else failures[0] if failures else lines[-1] if lines else ""
     return cause if len(cause) <= _MOST_CAUSE else cause[:_MOST_CAUSE] + "…"
+
+
+def made_up_in(log: str) -> str:
+    """The first weight that transformers did not find, by its log, and filled with random numbers; empty: none."""
+    return next((name for name in _MADE_UP.findall(log) if "lora_" not in name), "")
 
 
 def advice_for(source: str, code: int, cause: str, tail: str = "") -> str:

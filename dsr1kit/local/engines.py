@@ -36,11 +36,12 @@ from dsr1kit.local.engine_checks import (
     check_room,
     check_weights_of,
     gpus_for,
+    made_up_in,
 )
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
-from dsr1kit.local.load import locate
+from dsr1kit.local.load import held_instead, hub_advice, locate
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -296,6 +297,11 @@ class Engine:
                 f"{(cause := self._cause(self._process)) or 'nothing'}. {advice_for(self.source, 0, cause)}"
                 + self._log(self._process)
             )
+        if self.engine == "transformers" and (lacking := made_up_in(self._process.tail(_CAUSE_LINES))):
+            raise ModelError(
+                f"{self.source} lacks weights, such as {lacking}, and would answer from random numbers in their place: "
+                f"it is a part of a model; copy or fetch it again, whole. {self._log(self._process)}"
+            )
 
     async def _healthy(self, process: Supervised, deadline: float) -> None:
         import aiohttp
@@ -403,11 +409,15 @@ def _folder(place: str) -> Path:
     try:
         folder = snapshot_download(place, allow_patterns=_LISTED, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        if advice := hub_advice(str(error)):
+            raise ModelError(f"{place} could not be downloaded: {first}. {advice}") from None
         raise ModelError(
             f"{place} could not be downloaded: {first}. Check the name and the network (HF_ENDPOINT names a mirror; "
             f"with HF_HUB_OFFLINE set nothing is fetched), or run dsr1kit weights {place} and serve its folder"
         ) from None
+    if not list(Path(folder).glob("*.safetensors")) and (told := held_instead(place)):
+        raise ModelError(told)
     return Path(locate(folder)[0])
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local.hardware import look
+from dsr1kit.local.load import refuse_lacking
 from dsr1kit.local.memory import GIB
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens
@@ -95,6 +96,12 @@ def _check(path: Path) -> int:
         ) from error
     if not needed or needed > size:
         raise ModelError(f"{path} is truncated: {size:,} bytes of {needed:,}. Download it again (dsr1kit weights)")
+    parts = reader.fields.get("split.count")
+    if parts is not None and (count := int(parts.contents())) > 1:
+        raise ModelError(
+            f"{path} is one of {count} parts of a model. Serve it with llama.cpp, which reads the others beside it "
+            f"(dsr1kit serve {path}), or join them first: llama-gguf-split --merge"
+        )
     return sum(int(t.n_elements) for t in reader.tensors)
 
 
@@ -116,14 +123,17 @@ def _convert(path: Path, folder: Path) -> None:
     named: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
         tokenizer = _mended(AutoTokenizer.from_pretrained(str(path.parent), **named), path)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **named
-        )
+        came: Any = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True, **named,
+        )  # fmt: skip
     except Exception as error:  # its readers raise what they like where a file lacks something
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"transformers cannot read {path}: {first}. Serve it with llama.cpp instead: dsr1kit serve {path}"
         ) from error
+    model, found = came
+    refuse_lacking(path, found)
     model = model.to(torch.float16) if _fits_half(model) else model
     try:
         tokenizer.save_pretrained(folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
-from dsr1kit.local.folder import default_folder, read_manifest, unfinished
+from dsr1kit.local.folder import PICKLES, WEIGHTS, default_folder, read_manifest, unfinished
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.local.memory import PRECISION_OF
 from dsr1kit.paths import data_dir
@@ -36,6 +36,7 @@ QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
 _PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +106,22 @@ def locate(source: str) -> tuple[str, str | None]:
             return locate(str(files[0]))
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
             raise ModelError(
-                f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles and "
-                "never loaded: convert them with save_pretrained() where you trust them"
+                f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles, which can "
+                "run any code when they are loaded, and never are: convert them with save_pretrained() where you "
+                "trust them"
             )
         if not any(file.match(form) for file in path.iterdir() for form in _VOCABULARIES):
             # transformers would make up an empty one.
             raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
         return str(path), None
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
+    if path.is_file():
+        if path.suffix.lower() in PICKLES:
+            raise ModelError(
+                f"{path} is a pickle, which can run any code when it is loaded, and never is: take the model as "
+                "safetensors or GGUF, or convert it with save_pretrained() where you trust it"
+            )
+        raise ModelError(f"{path} is a file: name the folder with config.json and *.safetensors, or a .gguf file")
+    if _HUB_ID.fullmatch(source):
         # What `dsr1kit weights` has fetched is taken before anything is asked of a hub.
         fetched = (default_folder(source, origin) for origin in ("hub", "modelscope"))
         found = next((folder for folder in fetched if read_manifest(folder) is not None), None)
@@ -162,14 +171,17 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
         bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
         options = _quantized(bits, getattr(torch, name))
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        came: Any = AutoModelForCausalLM.from_pretrained(
             place,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, name),
             device_map={"": device},
+            output_loading_info=True,
             **options,
         )
+        model, found = came
+        refuse_lacking(source, found)
         model.eval()
         if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
@@ -272,14 +284,14 @@ def _why_not(source: str, quantization: str, device: str, error: Exception) -> s
     said = (" ".join(lines[:2]) or type(error).__name__).rstrip(".:")
     text = str(error).lower()
     head = f"could not load {source} ({quantization}, {device}): {said}"
-    if "gated repo" in text or "access to model" in text or "restricted" in text:
-        return f"{head}. Accept the licence on the model's page, then set HF_TOKEN to a token of that account"
-    if "is not a local folder and is not a valid model identifier" in text or "repository not found" in text:
-        return f"{head}. Check the spelling of the hub id; a private model also needs HF_TOKEN"
+    if advice := hub_advice(text):
+        return f"{head}. {advice}"
     if "out of memory" in text or "can't allocate memory" in text:
         return f"{head}. See what fits here: dsr1kit fits"
     if "not compiled with cuda" in text or "no nvidia driver" in text or "cuda-capable device" in text:
         return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
+    if _HUB_ID.fullmatch(source) and (told := held_instead(source)):
+        return told
     if "safetensor" in text or "header" in text:
         return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and "/" in source:
@@ -293,6 +305,55 @@ def _why_not(source: str, quantization: str, device: str, error: Exception) -> s
             f"dsr1kit weights {source} --source modelscope"
         )
     return f"{head}. Check the name, that it is a model of transformers, and that it has safetensors weights"
+
+
+def hub_advice(said: str) -> str:
+    """What mends it where a hub refuses a model, by what its client says; empty where that is something else."""
+    text = said.lower()
+    # First: of a model that is not there the client also says that it may be gated.
+    if "is not a local folder and is not a valid model identifier" in text or "repository not found" in text:
+        return "Check the spelling of the hub id; a private model also needs HF_TOKEN"
+    if "gated repo" in text or "access to model" in text or "restricted" in text:
+        return "Accept the licence on the model's page, then set HF_TOKEN to a token of that account"
+    return ""
+
+
+def held_instead(model: str) -> str:
+    """What a model of a hub holds in place of safetensors, and what to do; empty where it has some, or cannot be seen.
+
+    Asks the hub once: only for a model that could not be loaded.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        files = sorted(file.rfilename for file in HfApi().model_info(model, timeout=10).siblings or ())
+    except Exception:  # not reached, not allowed: what failed before is told instead
+        return ""
+    safetensors, gguf = ([file for file in files if file.endswith(form)] for form in WEIGHTS)
+    pickles = [file for file in files if file.lower().endswith(PICKLES)]
+    if safetensors:
+        return ""
+    if gguf:
+        return f"{model} holds GGUF files ({len(gguf)}): fetch one (dsr1kit weights {model}), and open its folder"
+    if pickles:
+        return (
+            f"{model} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run any code when they "
+            "are loaded, and never are: look for a repository of the same model with safetensors"
+        )
+    return f"{model} holds no weights, neither safetensors nor GGUF: check the hub id"
+
+
+def refuse_lacking(source: str | Path, found: Any) -> None:
+    """Raise ModelError where weights are missing, which transformers fills with random numbers, silently.
+
+    Args:
+        found: its loading info.
+    """
+    if lacking := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(lacking)} of its weights, such as {lacking[0]}, and would answer from random numbers "
+            "in their place: it is a part of a model; copy or fetch it again, whole (dsr1kit weights checks every byte)"
+        )
 
 
 def _refuse_wrong_products(model: Any) -> None:
