@@ -76,6 +76,10 @@ class Asking:
             if record.get("cost"):
                 self._spent[record["currency"]] += record["cost"]
 
+    def spent(self) -> dict[str, float]:
+        """What the run has cost so far, warm-ups and retries included, by currency."""
+        return dict(self._spent)
+
     def budget_spent(self) -> bool:
         """Whether what was spent in some currency has reached the limit."""
         limit = self._settings.max_cost

@@ -278,11 +278,21 @@ def _guess(name: str, known: _Known) -> TokenGuess:
         if seen:
             where = f"the run in {known.earlier.folder}"
             return TokenGuess(most=most, observed=seen, source=where if source == name else f"{source} in {where}")
-    count = _counter(name)
-    length = published.mean_tokens(known.models[name], known.settings.task)
+    return published_guess(known.models[name], known.task, most, _counter(name))
+
+
+def published_guess(
+    model: str, task: TaskFacts, most: int, count: Callable[[str], int] = estimate_tokens
+) -> TokenGuess:
+    """How many tokens an answer takes by what was published of the model, else of the task; nothing is made up.
+
+    Args:
+        most: longest completion that may come.
+        count: tokens in a prompt's text.
+    """
+    length = published.mean_tokens(model, task.name)
     if length is not None:
         return TokenGuess(most=most, completion=length.tokens, source=length.source, count=count)
-    task = known.task
     return TokenGuess(most=most, completion=task.expected_completion_tokens, source=task.tokens_source, count=count)
 
 
