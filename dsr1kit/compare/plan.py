@@ -245,7 +245,9 @@ def _questions(settings: PlanSettings, task: TaskFacts, count: int) -> tuple[lis
         if task.offline:
             raise
         blank = Item(task.name, "", "", "", task.languages[0])
-        return [blank] * count, [f"tokens of prompts are not counted, for the questions are not here: {error}"]
+        return [blank] * count, [
+            f"tokens of prompts are not counted, nor what they cost, for the questions are not here: {error}"
+        ]
     return [found[number % len(found)] for number in range(count)], []
 
 
@@ -318,7 +320,7 @@ def _load(name: str, estimate: Estimate, known: _Known) -> Load:
         channel=name,
         local=is_local(name),
         requests=estimate.requests,
-        tokens=None if tokens is None else tokens + estimate.prompt_tokens,
+        tokens=None if tokens is None else tokens + (estimate.prompt_tokens or 0.0),
         # Latency is the channel's own: another one with the same model says nothing about it.
         each_s=None if known.earlier is None else known.earlier.seconds(name),
         requests_per_minute=channel.requests_per_minute if channel else None,
