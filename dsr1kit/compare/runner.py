@@ -30,7 +30,7 @@ from dsr1kit.compare.selfwatch import ClientBias, measure_client
 from dsr1kit.compare.settings import USUAL_ITEMS, OnProgress, RunSettings
 from dsr1kit.compare.slim import load_records
 from dsr1kit.compare.summary import summarize
-from dsr1kit.compare.tasks import digest, facts, load_task
+from dsr1kit.compare.tasks import digest, endless, facts, load_task
 from dsr1kit.errors import ModelError, RunError
 from dsr1kit.keys import require_key
 from dsr1kit.local.load import locate
@@ -134,8 +134,9 @@ def load_items(settings: RunSettings) -> list[Item]:
         UsageError: no such task, or fewer questions than asked for.
     """
     if settings.items is None:
-        size = facts(settings.task).size
-        return load_task(settings.task, USUAL_ITEMS if size is None else min(size, USUAL_ITEMS), settings.seed)
+        # How many a file or a part of a set holds is known when it is read; the first of all are those of fewer.
+        few = USUAL_ITEMS if endless(settings.task) else 0
+        return load_task(settings.task, few, settings.seed)[:USUAL_ITEMS]
     return load_task(settings.task, settings.items, settings.seed)
 
 
