@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsr1kit.errors import MissingKey, UsageError
@@ -126,19 +126,25 @@ def _without(text: str, secrets: list[str]) -> str:
     return _SECRET_SHAPES.sub(REDACTED, text) if any(mark in text for mark in _SHAPE_MARKS) else text
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
+def _gather(parts: Iterable[Any], texts: list[str]) -> None:
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part is None or isinstance(part, (int, float)):  # most of a record: no slower look at what they are
+            continue
+        elif isinstance(part, Mapping):
+            _gather(part.values(), texts)
+        elif isinstance(part, (list, tuple)):
+            _gather(part, texts)
 
 
 def redact_texts(value: Any) -> Any:
     """A JSON value with keys redacted in its texts alone, so that it stays the JSON that it was."""
     secrets = secret_values()  # once a value: records are written while latency is being measured
     # Nearly always there is nothing to hide: one look over all texts says so. No secret spans a line.
-    texts = "\n".join(_texts(value))
+    found: list[str] = []
+    _gather((value,), found)
+    texts = "\n".join(found)
     if _without(texts, secrets) == texts:
         return value
 

@@ -107,6 +107,29 @@ def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
         assert j.done()
 
 
+def test_a_difference_is_told_down_to_the_setting_however_long_its_value_is(tmp_path: Path) -> None:
+    sampling = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768, "seed": None, "sample": 0}
+    url = "https://a-gateway-with-a-long-name.example/some/long/path/to/a/deployment/of"
+    facts = {"a": {"base_urls": [f"{url}/one"], "model": "r1"}}
+    there = IDENTITY | {"sampling": sampling, "digest": "0123", "facts": facts}
+    with journal(tmp_path, there) as j:
+        j.append(record("x"))
+    now = there | {
+        "sampling": sampling | {"max_tokens": 512},
+        "digest": "4567",
+        "facts": {"a": {"base_urls": [f"{url}/two"], "model": "r1"}},
+    }
+    with pytest.raises(UsageError) as told, journal(tmp_path, now):
+        pass
+    message = str(told.value)
+    assert "sampling.max_tokens (32768 there, 512 now)" in message
+    assert "temperature" not in message
+    assert 'the questions themselves ("0123" there, "4567" now)' in message
+    assert '/one"] there' in message
+    assert '/two"] now' in message
+    assert '"r1"' not in message
+
+
 def test_a_run_that_never_asked_anything_gives_way_to_another(tmp_path: Path) -> None:
     fill(tmp_path)
     other = IDENTITY | {"items": 9}

@@ -375,6 +375,7 @@ def test_a_public_set_is_planned_where_no_hub_can_be_reached(mine: Path, tmp_pat
     plan = json.loads(done.stdout)
     assert plan["items"] == 30
     assert plan["channels"][0]["estimate"]["bound"] > 0
+    assert plan["channels"][0]["estimate"]["prompt_tokens"] is None, "nothing was counted, which is not zero"
     assert "accuracy of 80%" in " ".join(plan["notes"])  # R1's published 79.8
     assert "prompts are not counted" in " ".join(plan["notes"])
 

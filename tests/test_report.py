@@ -265,10 +265,25 @@ def test_emulated_soon_retired_and_limited_by_the_client_stand_at_the_top(parsed
         "p after Holm", "McNemar", "not judged", "0123456789abcdef", "Cut by the token limit".lower(),
         "cold requests", "Kaplan-Meier", "Goodput: requests answered with the first token within 2 s",
         "time between tokens off by", "2 requests to each channel went ahead", "a pause of", "python 3.11",
+        "Agresti and Min", "without a system prompt",
     ],
 )  # fmt: skip
 def test_what_a_reader_may_ask_for_is_there(page: str, told: str) -> None:
     assert told in page
+
+
+def test_how_the_client_did_is_a_column_a_start_and_a_row_a_measure(page: str) -> None:
+    table = page[page.index("<caption>What the client added") :]
+    table = table[: table.index("</table>")]
+    rows = {
+        label: re.findall("<td>(.*?)</td>", cells)
+        for label, cells in re.findall('<th scope="row">(.*?)</th>(.*?)</tr>', table)
+    }
+    assert rows["first token later by, mean"] == ["0.21 ms", "–"]
+    assert rows["time between tokens off by"] == ["+0.20%", "–"]
+    assert rows["event loop late, p99"] == ["2.40 ms"] * 2
+    assert rows["requests in flight, asked for"] == ["8", "8"]
+    assert rows["share of one core"] == ["20%", "20%"]
 
 
 def test_a_run_without_notes_of_the_client_or_objective_has_a_report_too() -> None:

@@ -130,6 +130,22 @@ def test_percentiles_have_intervals_only_where_enough_values_bound_them() -> Non
     assert summarize([], ["a"])["channels"]["a"]["total_s_interval"] is None
 
 
+def test_the_median_has_the_same_interval_in_the_figure_and_among_the_percentiles() -> None:
+    # Four samples that repeat their item are worth one.
+    records = [one | {"sample": sample} for one in rows("a", 30, 30) for sample in range(4)]
+    several, single = (summarize(rs, ["a"])["channels"]["a"] for rs in (records, rows("a", 30, 30)))
+    assert several["first_answer_median"] == several["first_answer_s_interval"]["p50"]
+    widths = [c["first_answer_median"]["high"] - c["first_answer_median"]["low"] for c in (several, single)]
+    assert widths[0] >= 0.95 * widths[1] > 0
+
+
+def test_of_too_few_items_the_median_tells_all_that_was_seen() -> None:
+    records = [one | {"sample": sample} for one in rows("a", 3, 3) for sample in range(4)]
+    assert summarize(records, ["a"])["channels"]["a"]["first_answer_median"] == {
+        "value": 1.001, "low": 1.0, "high": 1.002
+    }  # fmt: skip
+
+
 def test_several_samples_give_pass_at_k_and_a_majority() -> None:
     # Each item is right in one sample of four, the three others agree on a wrong number.
     records = [

@@ -16,7 +16,9 @@ import pytest
 from sets_hub import SetsHub, serving
 
 from dsr1kit.compare.items import Item
+from dsr1kit.compare.runner import load_items
 from dsr1kit.compare.scoring import SCORERS
+from dsr1kit.compare.settings import RunSettings
 from dsr1kit.compare.task_sets import LOCAL_VARIABLE, recipes
 from dsr1kit.compare.tasks import digest, facts, load_task, task_names
 from dsr1kit.errors import UnknownName, UsageError
@@ -54,6 +56,14 @@ def test_golds_are_what_the_sets_mean_by_them() -> None:
     assert {item.gold for item in load_task("aime24", 0)} == {"025", "343"}
     assert SCORERS["number"](r"\boxed{25}", "025") == "right"
     assert {item.kind for item in load_task("math500", 0)} == {"Prealgebra", "Precalculus", "Algebra"}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("math500", 4), ("ceval:high_school_geography", 1), ("questions", 50), ("arithmetic", 50)]
+)
+@pytest.mark.usefixtures("local")
+def test_without_a_number_fifty_are_asked_or_all_that_there_are(name: str, count: int) -> None:
+    assert load_items(RunSettings(channels=("a",), task=name)) == load_task(name, count)
 
 
 @pytest.mark.usefixtures("local")

@@ -80,9 +80,11 @@ def _show(found: ComparisonPlan) -> None:
                   box=None, header_style="bold", pad_edge=False)  # fmt: skip
     for channel in found.channels:
         e = channel.estimate
-        out_tokens = "?" if e.completion_tokens is None else f"{e.completion_tokens:,.0f}"
+        in_tokens, out_tokens = (
+            "?" if tokens is None else f"{tokens:,.0f}" for tokens in (e.prompt_tokens, e.completion_tokens)
+        )
         each = "?" if channel.each_s is None else f"{channel.each_s:.3g} s"
-        table.add_row(Text(channel.channel), f"{e.requests:,}", f"{e.prompt_tokens:,.0f}", out_tokens,
+        table.add_row(Text(channel.channel), f"{e.requests:,}", in_tokens, out_tokens,
                       Text(_expected(e)), Text(_money(e.bound, e.currency)), each)  # fmt: skip
     out.print(table)
     if found.seconds is not None:

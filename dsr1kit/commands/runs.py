@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +104,7 @@ def compare(
     from dsr1kit.compare.journal import SOUND
     from dsr1kit.compare.runner import RunSettings, run_comparison
     from dsr1kit.progress import terminal_progress
-    from dsr1kit.records import Sampling
+    from dsr1kit.records import Outcome, Sampling
 
     settings = RunSettings(
         channels=tuple(name.strip() for name in channel_names.split(",") if name.strip()),
@@ -112,6 +113,11 @@ def compare(
         first_token_s=first_token_s, stall_s=stall_s, deadline_s=deadline_s,
     )  # fmt: skip
     warn_of_retirement(settings.channels, load_channels(channel_file))
+
+    def note(line: str) -> None:
+        if not quiet:
+            err.print(f"expected cost: {line}", markup=False)
+
     try:
         with terminal_progress(quiet=quiet) as tell:
             done = run_async(
@@ -122,6 +128,7 @@ def compare(
                     retry_failed=retry_failed,
                     client_check=client_check,
                     on_progress=tell,
+                    on_note=note,
                 )
             )
     except KeyboardInterrupt:
@@ -131,15 +138,24 @@ def compare(
         print_json({"paths": paths, **done.summary})
     else:
         print_paths(paths, done.summary["verdict"])
-    failed = sum(n for c in done.summary["channels"].values() for o, n in c["outcomes"].items() if o not in SOUND)
-    if failed and not quiet and not as_json:
-        print(
-            f"dsr1kit: {failed} requests failed; the same command with --retry-failed asks them again", file=sys.stderr
-        )
+    ended = Counter[str]()
+    for channel in done.summary["channels"].values():
+        ended.update(channel["outcomes"])
+    kept_back = ended[Outcome.OVER_BUDGET.value]
+    failed = sum(n for outcome, n in ended.items() if outcome not in SOUND) - kept_back
+    if not quiet and not as_json:
+        if failed:
+            err.print(f"dsr1kit: {_requests(failed)} failed; the same command with --retry-failed asks them again")
+        if kept_back:
+            err.print(f"dsr1kit: {_requests(kept_back)} kept back by --max-cost; the same command with more asks them")
     dead = [n for n, c in done.summary["channels"].items() if c["accuracy"] is None and c["n"]]
     if dead:
         _explain(dead, done.summary, done.records)
         raise SystemExit(1)
+
+
+def _requests(n: int) -> str:
+    return f"{n:,} request{'s' if n != 1 else ''}"
 
 
 def _explain(dead: Sequence[str], summary: dict[str, Any], records: Path) -> None:

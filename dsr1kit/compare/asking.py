@@ -22,7 +22,7 @@ from dsr1kit.compare.load import InFlight, arrivals
 from dsr1kit.compare.record import to_record
 from dsr1kit.compare.selfwatch import ClientBias, LoopWatch, client_note
 from dsr1kit.compare.settings import OnProgress, RunSettings
-from dsr1kit.records import Backend, Message, Outcome, Reply, Sampling
+from dsr1kit.records import Backend, Message, Outcome, Reply, Sampling, Verdict
 
 
 class Question(NamedTuple):
@@ -75,6 +75,10 @@ class Asking:
         for record in [*retired, *journal.warm_ups(), *journal.read()]:
             if record.get("cost"):
                 self._spent[record["currency"]] += record["cost"]
+
+    def spent(self) -> dict[str, float]:
+        """What the run has cost so far, warm-ups and retries included, by currency."""
+        return dict(self._spent)
 
     def budget_spent(self) -> bool:
         """Whether what was spent in some currency has reached the limit."""
@@ -188,7 +192,11 @@ class Asking:
             reply = self._not_asked(backend, q.channel)
         else:
             reply = await backend.ask(q.item.messages(), self._sampling(q), due=due)
-        keeping = asyncio.ensure_future(self._keep(reply, q))
+        known = self._judge.at_once(reply, q.item)
+        if known is not None:
+            self._keep(reply, q, known)
+            return reply
+        keeping = asyncio.ensure_future(self._judge_and_keep(reply, q))
         try:
             await asyncio.shield(keeping)
         except asyncio.CancelledError:
@@ -197,8 +205,10 @@ class Asking:
             raise
         return reply
 
-    async def _keep(self, reply: Reply, q: Question) -> None:
-        verdict = await self._judge.verdict(reply, q.item)
+    async def _judge_and_keep(self, reply: Reply, q: Question) -> None:
+        self._keep(reply, q, await self._judge.verdict(reply, q.item))
+
+    def _keep(self, reply: Reply, q: Question, verdict: Verdict) -> None:
         record = to_record(reply, q.channel, q.item, q.sample, self._prices[q.channel], verdict)
         if record["cost"]:
             self._spent[record["currency"]] += record["cost"]

@@ -277,14 +277,29 @@ def _key(record: Mapping[str, Any]) -> Key:
     return (record["channel"], record["item"], record["sample"])
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
+_SHOWN = 60  # characters of a value in a message
+# What a person calls them, where the name in run.json says little.
+_CALLED = {"digest": "the questions themselves", "facts": "what is known of the channels"}
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], inside: str = "") -> list[str]:
+    """What differs, down to the single setting, with both values."""
+    found = []
+    for name in sorted({*old, *new}):
+        there, now = old.get(name), new.get(name)
+        called = f"{inside}.{name}" if inside else _CALLED.get(name, name)
+        if isinstance(there, Mapping) and isinstance(now, Mapping):
+            found += _differences(there, now, called)
+        elif there != now:
+            found.append(f"{called} ({_short(there, now)} there, {_short(now, there)} now)")
+    return found
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value as text; of a long one the part with which it begins to differ from the other."""
+    text, beside = (json.dumps(one, ensure_ascii=False) for one in (value, other))
+    if len(text) <= _SHOWN:
+        return text
+    alike = next((at for at, (a, b) in enumerate(zip(text, beside, strict=False)) if a != b), 0)
+    begin = max(0, alike - _SHOWN // 2)
+    return ("…" if begin else "") + text[begin : begin + _SHOWN] + ("…" if begin + _SHOWN < len(text) else "")

@@ -75,15 +75,18 @@ class Judge:
     ) -> None:
         await self._end()
 
+    @staticmethod
+    def at_once(reply: Reply, item: Item) -> Verdict | None:
+        """The verdict where it costs next to nothing; None where `verdict` has to ask the process."""
+        answer = judged_part(reply)
+        return "unscored" if answer is None else quick_verdict(answer, item.reference or item.gold, item.scorer)
+
     async def verdict(self, reply: Reply, item: Item) -> Verdict:
         """As `verdict_of`, within the limit. May be called by many at once, and cancelled."""
-        answer = judged_part(reply)
-        if answer is None:
-            return "unscored"
-        against = item.reference or item.gold
-        known = quick_verdict(answer, against, item.scorer)
+        known = self.at_once(reply, item)
         if known is not None:
             return known
+        answer, against = judged_part(reply), item.reference or item.gold
         async with self._one_at_a_time:
             try:
                 return await self._ask({"scorer": item.scorer, "answer": answer, "against": against})

@@ -58,7 +58,8 @@ class Estimate:
 
     Attributes:
         requests: how many there are.
-        prompt_tokens, completion_tokens: expected over all of them; completions None where nobody knows.
+        prompt_tokens, completion_tokens: expected over all of them; None where nobody knows, of prompts where the
+            questions are not at hand (then they are in no amount of money either).
         completion_most: tokens of all completions if each ran to its limit.
         expected: money, in `currency`; None where price or tokens are unknown.
         low, high: its 95 % interval, from the spread between an earlier run's items and a tariff's hours; None
@@ -69,7 +70,7 @@ class Estimate:
     """
 
     requests: int
-    prompt_tokens: float
+    prompt_tokens: float | None
     completion_tokens: float | None
     completion_most: int
     low: float | None
@@ -134,7 +135,7 @@ def expected_cost(
             )
     return Estimate(
         requests=requests,
-        prompt_tokens=prompt_total,
+        prompt_tokens=prompt_total if tokens.observed or any(item.prompt for item in items) else None,
         completion_tokens=completion_total,
         completion_most=requests * tokens.most,
         low=low,

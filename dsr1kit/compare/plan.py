@@ -245,7 +245,9 @@ def _questions(settings: PlanSettings, task: TaskFacts, count: int) -> tuple[lis
         if task.offline:
             raise
         blank = Item(task.name, "", "", "", task.languages[0])
-        return [blank] * count, [f"tokens of prompts are not counted, for the questions are not here: {error}"]
+        return [blank] * count, [
+            f"tokens of prompts are not counted, nor what they cost, for the questions are not here: {error}"
+        ]
     return [found[number % len(found)] for number in range(count)], []
 
 
@@ -278,11 +280,21 @@ def _guess(name: str, known: _Known) -> TokenGuess:
         if seen:
             where = f"the run in {known.earlier.folder}"
             return TokenGuess(most=most, observed=seen, source=where if source == name else f"{source} in {where}")
-    count = _counter(name)
-    length = published.mean_tokens(known.models[name], known.settings.task)
+    return published_guess(known.models[name], known.task, most, _counter(name))
+
+
+def published_guess(
+    model: str, task: TaskFacts, most: int, count: Callable[[str], int] = estimate_tokens
+) -> TokenGuess:
+    """How many tokens an answer takes by what was published of the model, else of the task; nothing is made up.
+
+    Args:
+        most: longest completion that may come.
+        count: tokens in a prompt's text.
+    """
+    length = published.mean_tokens(model, task.name)
     if length is not None:
         return TokenGuess(most=most, completion=length.tokens, source=length.source, count=count)
-    task = known.task
     return TokenGuess(most=most, completion=task.expected_completion_tokens, source=task.tokens_source, count=count)
 
 
@@ -308,7 +320,7 @@ def _load(name: str, estimate: Estimate, known: _Known) -> Load:
         channel=name,
         local=is_local(name),
         requests=estimate.requests,
-        tokens=None if tokens is None else tokens + estimate.prompt_tokens,
+        tokens=None if tokens is None else tokens + (estimate.prompt_tokens or 0.0),
         # Latency is the channel's own: another one with the same model says nothing about it.
         each_s=None if known.earlier is None else known.earlier.seconds(name),
         requests_per_minute=channel.requests_per_minute if channel else None,

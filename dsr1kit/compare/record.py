@@ -6,7 +6,6 @@ Knows replies, items and prices; nothing about files, load or statistics.
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import asdict
 from typing import Any
 
 from dsr1kit.access.prices import Price
@@ -59,7 +58,7 @@ def to_record(
         "verdict": verdict,
         "cost": cost,
         "currency": price.currency if price is not None else None,
-        "attempts": [asdict(a) | {"outcome": a.outcome.value} for a in attempts],
+        "attempts": [{"channel": a.channel, "outcome": a.outcome.value, "total_s": a.total_s} for a in attempts],
         "from_cache": reply.from_cache,
         "base_url": reply.extra.get("base_url") or None,
         # The kit's emulator marks what it sends, so that a catalogue entry that points at one is told too.

@@ -76,6 +76,7 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
         kinds=list(dict.fromkeys(k for c in channels.values() for k in c["accuracy_by_kind"])),
         task=_task(run["identity"]["task"]),
         objective=objective_told(summary["objective"]) if summary.get("objective") else "",
+        client=_client(summary.get("client") or []),
     )
 
 
@@ -158,6 +159,31 @@ def _spans(passed: run_figures.Passage, channels: Mapping[str, Any]) -> list[dic
         }
         for number, begins in enumerate(passed.begins)
     ]
+
+
+def _client(notes: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """How the client did: the starts of the run, and a row for each thing that was measured at them."""
+
+    def biases(field: str, form: str) -> list[str]:
+        return [form.format(note["bias"][field]) if note["bias"] else "–" for note in notes]
+
+    flights = [note["in_flight"] for note in notes]
+    rows = [
+        ("streams that it was measured at", biases("streams", "{}")),
+        ("first token later by, mean", biases("first_token_ms", "{:.2f} ms")),
+        ("first token later by, p99", biases("first_token_p99_ms", "{:.2f} ms")),
+        ("time between tokens off by", biases("inter_token_share", "{:+.2%}")),
+        ("CPU of a request", biases("cpu_ms_per_request", "{:.2f} ms")),
+        ("event loop late, p50", [f"{note['lag_ms']['p50']:.2f} ms" for note in notes]),
+        ("event loop late, p99", [f"{note['lag_ms']['p99']:.2f} ms" for note in notes]),
+        ("event loop late, most", [f"{note['lag_ms']['max']:.2f} ms" for note in notes]),
+        ("requests in flight, asked for", [str(flight["asked"] or "open loop") for flight in flights]),
+        ("requests in flight, mean", [f"{flight['mean']:.1f}" for flight in flights]),
+        ("requests in flight, most", [str(flight["peak"]) for flight in flights]),
+        ("share of one core", [f"{note['cpu_share']:.0%}" for note in notes]),
+        ("sent after they were due, p99", [f"{note['late_ms']['p99']:.1f} ms" for note in notes]),
+    ]
+    return [str(number) for number in range(1, len(notes) + 1)], rows
 
 
 def _task(name: str) -> dict[str, Any]:

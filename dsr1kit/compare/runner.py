@@ -7,8 +7,9 @@ the journal as it ends; the same settings on the same folder continue a killed r
 
 from __future__ import annotations
 
+import datetime as dt
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 
 from dsr1kit import about
 from dsr1kit.access.channels import Channel, load_channels
+from dsr1kit.access.prices import Price
 from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
 from dsr1kit.compare import report
 from dsr1kit.compare.asking import Asking, Question, in_order
+from dsr1kit.compare.beforehand import expected_costs, in_words
 from dsr1kit.compare.items import Item
 from dsr1kit.compare.journal import Journal
 from dsr1kit.compare.judge import Judge
@@ -27,7 +30,7 @@ from dsr1kit.compare.selfwatch import ClientBias, measure_client
 from dsr1kit.compare.settings import USUAL_ITEMS, OnProgress, RunSettings
 from dsr1kit.compare.slim import load_records
 from dsr1kit.compare.summary import summarize
-from dsr1kit.compare.tasks import digest, facts, load_task
+from dsr1kit.compare.tasks import digest, endless, facts, load_task
 from dsr1kit.errors import ModelError, RunError
 from dsr1kit.keys import require_key
 from dsr1kit.local.load import locate
@@ -54,6 +57,7 @@ async def run_comparison(
     retry_failed: bool = False,
     client_check: bool = True,
     on_progress: OnProgress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Finished:
     """Run, or continue, a comparison in the folder `out`.
 
@@ -65,6 +69,7 @@ async def run_comparison(
         client_check: measure the client itself first, for a few seconds, against a scripted server of its own
             at this run's concurrency; its bias is in the report.
         on_progress: told of each finished request.
+        on_note: told, before anything is asked, what each channel that charges is expected to cost.
 
     Raises:
         UsageError: unknown names, missing keys, a folder of another run; before anything is asked.
@@ -73,6 +78,7 @@ async def run_comparison(
     """
     catalogue = load_channels(channel_file)
     objective = parse_slo(settings.objective) if settings.objective else None
+    tell = on_note or (lambda _: None)
     items = load_items(settings)
     clocks: dict[str, Any] = {k: getattr(settings, k) for k in ("first_token_s", "stall_s", "deadline_s")}
     backends = {name: open_backend(name, catalogue, **clocks) for name in settings.channels}
@@ -101,8 +107,14 @@ async def run_comparison(
             open_ones = [q for q in in_order(settings, items) if q.key not in journal.done()]
             hosted = [q for q in open_ones if not is_local(q.channel)]
             if hosted:
+                warm_ups = list(_warm_ups(settings, items, hosted))
+                said = _foretold(settings, [*warm_ups, *hosted], catalogue, backends, prices, journal, run.spent())
+                if journal.noted("expected_cost") is None:
+                    journal.note(expected_cost=said)
+                for line in said:
+                    tell(line)
                 bias = await measure_client(settings.concurrency) if client_check else None
-                await _hosted(run, backends, hosted, list(_warm_ups(settings, items, hosted)), bias)
+                await _hosted(run, backends, hosted, warm_ups, bias)
             for name in settings.channels:
                 own = [q for q in open_ones if q.channel == name and is_local(name)]
                 if own:
@@ -122,8 +134,9 @@ def load_items(settings: RunSettings) -> list[Item]:
         UsageError: no such task, or fewer questions than asked for.
     """
     if settings.items is None:
-        size = facts(settings.task).size
-        return load_task(settings.task, USUAL_ITEMS if size is None else min(size, USUAL_ITEMS), settings.seed)
+        # How many a file or a part of a set holds is known when it is read; the first of all are those of fewer.
+        few = USUAL_ITEMS if endless(settings.task) else 0
+        return load_task(settings.task, few, settings.seed)[:USUAL_ITEMS]
     return load_task(settings.task, settings.items, settings.seed)
 
 
@@ -131,6 +144,28 @@ def _warm_ups(settings: RunSettings, items: Sequence[Item], to_come: Sequence[Qu
     for number in range(settings.warm_up):
         for name in dict.fromkeys(q.channel for q in to_come):
             yield Question(name, items[number % len(items)], -1 - number)
+
+
+def _foretold(
+    settings: RunSettings,
+    questions: Sequence[Question],
+    catalogue: Mapping[str, Channel],
+    backends: Mapping[str, Any],
+    prices: Mapping[str, Price | None],
+    journal: Journal,
+    spent: Mapping[str, float],
+) -> list[str]:
+    """What the hosted channels will cost, in words."""
+    models, limits = {}, {}
+    for name in settings.channels:
+        known = catalogue.get(name)
+        weather = getattr(backends[name], "weather", None)
+        models[name] = known.model if known is not None else "" if weather is None else weather.served_model
+        most = None if known is None else known.max_output
+        limits[name] = min(settings.sampling.max_tokens, most or settings.sampling.max_tokens)
+    now = dt.datetime.now(dt.UTC)
+    found = expected_costs(questions, prices, models, limits, facts(settings.task), journal.read(), now)
+    return list(in_words(found, settings.max_cost, spent))
 
 
 async def _hosted(

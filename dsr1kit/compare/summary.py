@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsr1kit.compare import latency, load, money, published, stats
-from dsr1kit.compare.stats import Interval, clustered_share, median_interval, paired_difference, percentiles
+from dsr1kit.compare.stats import Interval, clustered_share, paired_difference, percentiles
 from dsr1kit.compare.verdict import headline, verdict
 from dsr1kit.compare.verdict import name_of as name_of
 from dsr1kit.identity import told
@@ -161,7 +161,7 @@ def _channel(records: Sequence[Record], promised: float | None, objective: load.
         **{name: percentiles(values) for name, (values, _) in clocks.items()},
         **{f"{name}_interval": _percentile_intervals(*clock) for name, clock in clocks.items()},
         "first_answer_s_censored": _censored(records),
-        "first_answer_median": _interval(median_interval(clocks["first_answer_s"][0])),
+        "first_answer_median": _interval(_median(*clocks["first_answer_s"])),
         "time_split": time_split(answered),
         "connections": connections(answered),
         "tokens_per_s": 1 / statistics.median(gaps) if gaps and statistics.median(gaps) > 0 else None,
@@ -200,6 +200,12 @@ def _percentile_intervals(values: Sequence[float], items: Sequence[str]) -> dict
     """Each percentile with its interval, None for one that so few values do not bound; None without any value."""
     found = latency.percentile_intervals(values, clusters=items)
     return {q: _interval(found.get(q)) for q in _PERCENTILES} if values else None
+
+
+def _median(values: Sequence[float], items: Sequence[str]) -> Interval | None:
+    """The median, its interval the same as among the percentiles; of too few items for one, all that was seen."""
+    found = latency.percentile_intervals(values, (50,), clusters=items).get("p50")
+    return found or (Interval(float(np.median(values)), min(values), max(values)) if values else None)
 
 
 def _censored(records: Iterable[Record]) -> dict[str, Any]:

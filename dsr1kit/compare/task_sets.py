@@ -68,14 +68,15 @@ def recipes() -> Mapping[str, Recipe]:
 def facts(task: str) -> TaskFacts:
     """What is known about a public set, or one subject of it (`ceval:law`). Raises UnknownName."""
     recipe, subject = _recipe(task)
+    local = _local(recipe.name) is not None
     return TaskFacts(
         name=task,
         title=f"{recipe.title}, {subject.replace('_', ' ')}" if subject else recipe.title,
         source=recipe.hub_id,
         revision=recipe.revision,
         license=recipe.license,
-        size=None if subject else recipe.size,
-        offline=_local(recipe.name) is not None,
+        size=None if subject or local else recipe.size,  # a file in its place may hold fewer
+        offline=local,
         languages=(recipe.language,),
         samples=recipe.samples,
         expected_completion_tokens=recipe.expected_completion_tokens,

@@ -14,7 +14,7 @@ from dsr1kit.compare.items import Item, TaskFacts, digest, hashed, pick
 from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.paths import data_dir
 
-__all__ = ["TASKS", "Item", "TaskFacts", "digest", "facts", "load_task", "task_names"]
+__all__ = ["TASKS", "Item", "TaskFacts", "digest", "endless", "facts", "load_task", "task_names"]
 
 #: Tasks that the kit generates without end, and that need nothing but the kit.
 TASKS = ("arithmetic", *(f"arithmetic:{kind}" for kind in arithmetic.KINDS))
@@ -82,9 +82,8 @@ def load_task(name: str, items: int, seed: int = 0) -> list[Item]:
         MissingExtra: a package is not installed.
         RunError: a public set could not be reached.
     """
-    endless = name in TASKS or name in PRACTICE or name.startswith(gym.PREFIX)
-    if items < (1 if endless else 0):
-        all_of_it = f", and {name} has no end, so that 0 cannot mean all" if endless and items == 0 else ""
+    if items < (1 if endless(name) else 0):
+        all_of_it = f", and {name} has no end, so that 0 cannot mean all" if endless(name) and items == 0 else ""
         raise UsageError(f"a run needs at least one item, not {items}{all_of_it}")
     if name in TASKS:
         return _arithmetic(arithmetic.generate(_kinds(name), "held_out", items, seed))
@@ -99,6 +98,11 @@ def load_task(name: str, items: int, seed: int = 0) -> list[Item]:
     if name.partition(":")[0] in task_sets.recipes():
         return pick(task_sets.load(name), items, seed, name)
     raise UnknownName("task", name, task_names())
+
+
+def endless(name: str) -> bool:
+    """Whether a task's questions are generated, so that it has no last one."""
+    return name in TASKS or name in PRACTICE or name.startswith(gym.PREFIX)
 
 
 def _kinds(name: str) -> tuple[str, ...]:
