@@ -8,7 +8,16 @@ from __future__ import annotations
 import os
 import sys
 
-from dsr1kit.commands import access, fits, load, plan, runs, serve, weights  # noqa: F401 - they register their commands
+from dsr1kit.commands import (  # noqa: F401 - they register their commands
+    access,
+    finetune,
+    fits,
+    load,
+    plan,
+    runs,
+    serve,
+    weights,
+)
 from dsr1kit.commands.shared import (
     app,
     fail,

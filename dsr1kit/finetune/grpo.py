@@ -16,7 +16,7 @@ from typing import Any
 from dsr1kit.compare.items import Item, digest
 from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.tasks import load_task
-from dsr1kit.errors import RunError, UnknownName, UsageError
+from dsr1kit.errors import Dsr1kitError, RunError, UnknownName, UsageError
 from dsr1kit.finetune.alarms import Alarm, Watch, too_long
 from dsr1kit.finetune.base import open_base, put_adapter, require_finetune, shortage_told
 from dsr1kit.finetune.rewards import Rewards, answer_of, form_of, length_of
@@ -24,9 +24,10 @@ from dsr1kit.finetune.runs import Run
 from dsr1kit.finetune.settings import SCHEDULES, AdapterSettings
 from dsr1kit.finetune.sft import facts_of, precision_of
 from dsr1kit.finetune.trainers import OnStep, follow, safe
-from dsr1kit.local.hardware import look
-from dsr1kit.local.load import LoadedModel, quiet
+from dsr1kit.local.hardware import SMALL, look
+from dsr1kit.local.load import LoadedModel, locate, quiet
 from dsr1kit.local.prompts import prompt_of
+from dsr1kit.local.shapes import find_shape
 from dsr1kit.records import Outcome, Reply, Sampling
 
 
@@ -91,6 +92,15 @@ class GrpoSettings:
         size = self.prompts * self.generations
         if self.batch_size and size % self.batch_size:
             raise UsageError(f"batch_size must divide the {size} completions of a step, not be {self.batch_size}")
+
+
+def usual_learning_rate(model: str) -> float:
+    """What small and large models bear."""
+    try:
+        small = find_shape(locate(model)[0]).parameters < SMALL
+    except Dsr1kitError:  # not known to the planner, or not fetched yet
+        small = False
+    return 2e-3 if small else 1e-5
 
 
 @dataclass(frozen=True, slots=True)
