@@ -29,12 +29,15 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
     """The report as HTML text.
 
     Args:
-        run: run.json; records: records.jsonl, whole or as `slim.load_records` reads it; summary: summary.json;
-            all as data.
+        run: run.json; with `gain` (what `finetune.gain` notes) the report is one of before and after.
+        records: records.jsonl, whole or as `slim.load_records` reads it.
+        summary: summary.json; all as data.
     """
     channels = summary["channels"]
     labels = {name: name_of(name, c) for name, c in channels.items()}
-    passed = run_figures.passage(records)
+    # Answers that a model in the process gave many at once have no times of their own.
+    timed = any(c["first_token_s"] for c in channels.values()) or not run.get("gain")
+    passed = run_figures.passage(records) if timed else None
     drawn = {
         "tradeoffs": (figures.tradeoffs(summary), "Accuracy against speed and cost", descriptions.tradeoffs(summary)),
         "latency": (
@@ -50,6 +53,8 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
         "outcomes": (figures.outcomes(channels), "Outcomes of all requests", descriptions.outcomes(channels)),
         "kinds": (figures.accuracy_by_kind(channels), "Accuracy by kind of question", descriptions.kinds(channels)),
     }
+    if not timed:
+        drawn = {key: figure for key, figure in drawn.items() if key in ("outcomes", "kinds")}
     if passed is not None:
         drawn["time"] = (
             run_figures.over_time(passed, channels),
@@ -61,6 +66,8 @@ def render(run: Mapping[str, Any], records: Sequence[Record], summary: Mapping[s
     return fill(
         "report.html.j2",
         run=run,
+        timed=timed,
+        gain=run.get("gain"),
         identity=run["identity"],
         summary=summary,
         channels=channels,

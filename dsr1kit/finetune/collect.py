@@ -143,5 +143,12 @@ def _example(record: Record) -> Example:
     said: dict[str, Any] = {"gold": record["gold"], "scorer": record["scorer"]} if plain else {}
     return example(
         record["question"], record["reasoning"], record["answer"], kind=record["kind"], language=record["language"],
-        source=f"{record['channel']}{' (emulated)' if record['emulated'] else ''}", **said,
+        source=_teacher(record), **said,
     )  # fmt: skip
+
+
+def _teacher(record: Record) -> str:
+    """The teacher's name for the data, without folders of this machine."""
+    kind, colon, name = str(record["channel"]).partition(":")
+    told = f"{kind}:{name.rpartition('/')[2]}" if colon else kind
+    return f"{told} (emulated)" if record["emulated"] and kind != "emulated" else told

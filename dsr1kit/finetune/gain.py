@@ -122,7 +122,7 @@ class Gain:
         said = []
         for one in self.changes:
             low, high = 100 * one.difference.low, 100 * one.difference.high
-            what = f"{one.adapter}: {one.task} from {_percent(one.before)} to {_percent(one.after)}"
+            what = f"{one.adapter}: {one.task} from {_told(one.before)} to {_told(one.after)}"
             if not one.differs:
                 shown = f"no change shown ({low:+.1f} to {high:+.1f} points)"
             elif low > 0:
@@ -255,8 +255,9 @@ async def measure_gain(
                     if todo[name]:
                         await local.use_adapter(None if name == BEFORE else name)
                         await _ask(local, name, todo[name], drawn, settings.batch_size, journal, judge, on_progress)
+        found = Gain(changes(load_records(journal.records_path), by_task, tuple(settings.adapters)), folder)
+        journal.note(gain={"verdict": found.verdict(), "changes": found.as_data()})
     finish(folder)
-    found = Gain(changes(load_records(folder / "records.jsonl"), by_task, tuple(settings.adapters)), folder)
     (folder / "gain.json").write_text(json.dumps(found.as_data(), indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -338,5 +339,43 @@ def _percent(share: Interval) -> str:
     return f"{100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
+def _told(share: Interval) -> str:
+    return f"{share.value:.1%} ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
 def _points(difference: PairedDifference) -> str:
     return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def size_figure(gain: Gain, sizes: Mapping[str, int]) -> Figure:
+    """Accuracy on the tuned task against the number of examples that each adapter was trained on.
+
+    Args:
+        gain: with one adapter a size.
+        sizes: the adapters' numbers of examples.
+    """
+    from matplotlib.figure import Figure
+
+    from dsr1kit.compare.figures import COLOURS
+
+    points = sorted(
+        ((sizes[one.adapter], one) for one in gain.changes if one.tuned and one.adapter in sizes), key=lambda p: p[0]
+    )
+    drawing = Figure(figsize=(7.4, 3.8), layout="constrained")
+    axes = drawing.subplots()
+    shares = [one.after for _, one in points]
+    spread = [[100 * (s.value - s.low) for s in shares], [100 * (s.high - s.value) for s in shares]]
+    axes.errorbar([n for n, _ in points], [100 * s.value for s in shares], yerr=spread, fmt="o-", color=COLOURS[0],
+                  capsize=3, markersize=7, label="after")  # fmt: skip
+    if points:
+        axes.axhline(100 * points[0][1].before.value, color=COLOURS[1], linestyle="--", label="before")
+    axes.set_xscale("log")
+    axes.set_xticks([n for n, _ in points], [f"{n:,}" for n, _ in points])
+    axes.minorticks_off()
+    axes.set_xlabel("examples trained on (log scale)")
+    axes.set_ylabel("right answers (%)")
+    axes.set_ylim(-3, 103)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return drawing

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dsr1kit.finetune.data import Example
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
 
@@ -143,7 +145,7 @@ def prompt_text(question: str) -> str:
     return f"{BOS}{USER}{question}{ASSISTANT}{THINK}\n"
 
 
-def completion_text(problem: Problem) -> str:
+def completion_text(problem: Problem | Example) -> str:
     """Return what the model should write after the prompt."""
     return f"{problem.reasoning}\n{END_THINK}\n\n{problem.answer}{EOS}"
 
@@ -173,8 +175,12 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     return Qwen2ForCausalLM(config)
 
 
-def batches(recipe: Recipe, tokenizer: Any, chunk: int = 32) -> Iterator[tuple[Any, Any]]:
+def batches(
+    recipe: Recipe, tokenizer: Any, chunk: int = 32, examples: Sequence[Example] = ()
+) -> Iterator[tuple[Any, Any]]:
     """Yield (input ids [B, T], labels [B, T]) without end; labels are -100 on prompt and padding.
+
+    `examples` take the place of generated problems, where there are any: what a teacher wrote.
 
     Rows of one batch have similar lengths: `chunk` batches are drawn at once, sorted, cut and shuffled.
     """
@@ -184,9 +190,16 @@ def batches(recipe: Recipe, tokenizer: Any, chunk: int = 32) -> Iterator[tuple[A
     streams = {kind: stream(kind, "train", recipe.seed) for kind in recipe.weights}
     kinds, weights = list(recipe.weights), list(recipe.weights.values())
     while True:
-        problems = [next(streams[kind]) for kind in rng.choices(kinds, weights, k=chunk * recipe.batch_size)]
+        wanted = chunk * recipe.batch_size
+        problems: list[Problem] | list[Example] = (
+            rng.choices(examples, k=wanted)
+            if examples
+            else [next(streams[kind]) for kind in rng.choices(kinds, weights, k=wanted)]
+        )
         questions = [
-            f"{p.question} {INSTRUCTION[p.language]}" if rng.random() < recipe.instructed else p.question
+            f"{p.question} {INSTRUCTION['zh' if p.language == 'zh' else 'en']}"
+            if rng.random() < recipe.instructed
+            else p.question
             for p in problems
         ]
         prompts = tokenizer([prompt_text(q) for q in questions], add_special_tokens=False)["input_ids"]
@@ -232,16 +245,20 @@ def train(
     tokenizer: Any,
     recipe: Recipe,
     *,
+    examples: Sequence[Example] = (),
     on_progress: Callable[[str], None] | None = None,
     every: int = 50,
 ) -> Curve:
-    """Train `model` in place and return its loss curve; `every` steps one entry and one progress line."""
+    """Train `model` in place and return its loss curve; `every` steps one entry and one progress line.
+
+    `examples` take the place of generated problems, where there are any.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
     optimizers = _optimizers(model, recipe)
     autocast = torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else contextlib.nullcontext()
-    curve, source = Curve(), batches(recipe, tokenizer)
+    curve, source = Curve(), batches(recipe, tokenizer, examples=examples)
     losses: list[torch.Tensor] = []
     tokens = 0
     model.train()
