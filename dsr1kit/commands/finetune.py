@@ -225,6 +225,7 @@ def grpo(
 ) -> None:
     """Reinforce an adapter with rewards that can be verified (GRPO), and measure before and after."""
     from dsr1kit.finetune.gain import GainSettings, measure_gain
+    from dsr1kit.finetune.gain import questions as gain_questions
     from dsr1kit.finetune.grpo import GrpoSettings, train_grpo, usual_learning_rate
     from dsr1kit.finetune.rewards import Rewards
     from dsr1kit.finetune.settings import AdapterSettings
@@ -236,22 +237,24 @@ def grpo(
         raise UsageError(f"name what is measured (--measured TASK), another one than {task}, or --no-evaluate")
     settings = GrpoSettings(
         model=model, task=task, items=questions, adapter=AdapterSettings(method=method, rank=rank, alpha=2 * rank),
-        learning_rate=learning_rate or usual_learning_rate(model), steps=steps, prompts=prompts,
-        generations=generations, batch_size=batch_size, temperature=temperature, max_tokens=max_tokens,
+        learning_rate=usual_learning_rate(model) if learning_rate is None else learning_rate, steps=steps,
+        prompts=prompts, generations=generations, batch_size=batch_size, temperature=temperature, max_tokens=max_tokens,
         rewards=Rewards(form=form_reward, length=length_reward), beta=beta, vllm=vllm, dtype=dtype, device=device,
         seed=seed, save_every=save_every,
     )  # fmt: skip
+    wanted = None
+    if evaluate:  # what cannot be measured is told before anything is trained
+        wanted = GainSettings(
+            model=model, adapters={out.resolve().name: out / "adapter"}, task=asked,
+            others=tuple(other for other in (_listed(others) or _usual_others(model)) if other != asked),
+            items=items, sampling=Sampling(max_tokens=2048), quantization="4bit" if method == "qlora" else "none",
+        )  # fmt: skip
+    by_task = None if wanted is None else gain_questions(wanted)
     with terminal_progress(quiet=quiet) as tell:
         done = train_grpo(settings, out, on_step=_stepping(tell, "reinforce"), on_text=None if quiet else _say)
         gain = None
-        if evaluate:
-            wanted = GainSettings(
-                model=model, adapters={out.name: done.adapter}, task=asked,
-                others=tuple(other for other in (_listed(others) or _usual_others(model)) if other != asked),
-                items=items, sampling=Sampling(max_tokens=2048),
-                quantization="4bit" if method == "qlora" else "none",
-            )  # fmt: skip
-            gain = run_async(measure_gain(wanted, out / "gain", on_progress=tell))
+        if wanted is not None:
+            gain = run_async(measure_gain(wanted, out / "gain", asked=by_task, on_progress=tell))
     _result(
         out, gain, as_json,
         {"adapter": str(done.adapter), "steps": done.steps, "trained_s": done.trained_s,
@@ -284,7 +287,10 @@ def evaluate_adapters(
     for text in adapters:
         name, sign, folder = text.partition("=")
         path = Path(folder if sign else text)
-        named[name if sign else path.resolve().name] = path
+        called = name if sign else path.resolve().name
+        if called in named:
+            raise UsageError(f"two adapters are called {called!r}: name them, as --adapter NAME={path}")
+        named[called] = path
     settings = GainSettings(
         model=model, adapters=named, task=task, others=_listed(others), items=items, samples=samples,
         sampling=Sampling(temperature, max_tokens=max_tokens), seed=seed, quantization=quantization,

@@ -42,7 +42,7 @@ class Watch:
     silent: int = 0
     _clipped: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _even: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _rewards: deque[float | None] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     @property
     def dead(self) -> bool:
@@ -56,12 +56,14 @@ class Watch:
         even = float(metrics["frac_reward_zero_std"])
         self._even.append(even)
         self._clipped.append(float(metrics.get("completions/clipped_ratio", 0.0)))
-        self._rewards.append(float(metrics.get("rewards/right/mean", metrics.get("reward", 0.0))))
+        right_now = metrics.get("rewards/right/mean", metrics.get("reward", 0.0))
+        self._rewards.append(None if right_now is None else float(right_now))  # None: no gold could be read
         self.silent = self.silent + 1 if even >= 1.0 else 0
-        if len(self._even) < WINDOW:
+        if len(self._even) < min(WINDOW, self.patience):  # who has little patience is told why as well
             return []
-        clipped, equal = (sum(values) / WINDOW for values in (self._clipped, self._even))
-        right = sum(self._rewards) / WINDOW
+        clipped, equal = (sum(values) / len(values) for values in (self._clipped, self._even))
+        readable = [value for value in self._rewards if value is not None]
+        right = sum(readable) / len(readable) if readable else None
         new: list[Alarm] = []
         if clipped > CLIPPED:
             new.append(
@@ -73,14 +75,14 @@ class Watch:
                 )
             )
         if equal > DEAD:
-            why = "all wrong" if right < 0.05 else "all right" if right > 0.95 else "alike"
-            mend = (
-                "take easier questions, or tune on examples first (finetune sft)"
-                if right < 0.05
-                else "take harder questions"
-                if right > 0.95
-                else "raise --generations or --temperature"
-            )
+            if right is None:
+                why, mend = "no gold can be read", "mend the golds of the questions, or name the scorer that reads them"
+            elif right < 0.05:
+                why, mend = "all wrong", "take easier questions, or tune on examples first (finetune sft)"
+            elif right > 0.95:
+                why, mend = "all right", "take harder questions"
+            else:
+                why, mend = "alike", "raise --generations or --temperature"
             new.append(
                 Alarm(
                     step,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,11 @@ def open_base(model: str, *, method: str, dtype: str, device: str) -> LoadedMode
         ModelError: it cannot be loaded or does not fit; the message says what would.
     """
     require_finetune()
+    import torch
+
+    own = os.environ.get("LOCAL_RANK")  # of several processes that train together each has a GPU of its own
+    if own is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{own}"
     loaded = load(model, "4bit" if method == "qlora" else "none", device, dtype, None)
     keep_for_training(loaded.model)
     return loaded
@@ -92,7 +98,8 @@ def shortage_told(**what: Any) -> Iterator[None]:
     """Memory that runs out inside becomes a ModelError that says what to change, in order.
 
     Args:
-        what: the settings' values at hand: `batch_size`, `checkpointing`, `max_length`, `method`, `rank`.
+        what: the settings' values at hand: `batch_size`, `accumulation`, `checkpointing`, `max_length`, `method`,
+            `rank`.
     """
     import torch
 
@@ -114,6 +121,7 @@ def _first_line(error: BaseException) -> str:
 def advice(
     *,
     batch_size: int = 1,
+    accumulation: int = 1,
     checkpointing: bool = True,
     max_length: int = 512,
     method: str = "qlora",
@@ -123,7 +131,7 @@ def advice(
     """What to change when memory ran out, what costs least first; what is done already is left out."""
     steps = []
     if batch_size > 1:
-        steps.append(f"--batch-size 1 --accumulation {batch_size} (the same step, in smaller pieces)")
+        steps.append(f"--batch-size 1 --accumulation {batch_size * accumulation} (the same step, in smaller pieces)")
     if not checkpointing:
         steps.append("--checkpointing (a third slower)")
     if max_length > 512:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsr1kit.compare.arithmetic_texts import INSTRUCTION
-from dsr1kit.compare.items import Item
+from dsr1kit.compare.items import Item, with_instruction
 from dsr1kit.compare.judge import Judge
 from dsr1kit.errors import UsageError
 from dsr1kit.finetune.data import Example
@@ -37,7 +36,11 @@ REASONS: Mapping[str, str] = {
 NGRAM = 13
 
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+", re.UNICODE)
-_WORDED = tuple(" ".join(_WORD.findall(text)) for text in INSTRUCTION.values())
+_WORDED = tuple(
+    " ".join(_WORD.findall(with_instruction("", scorer, language)))
+    for scorer in ("math", "choice")
+    for language in ("en", "zh")
+)
 
 
 @dataclass(frozen=True, slots=True)

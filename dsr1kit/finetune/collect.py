@@ -7,7 +7,7 @@ nothing about models or training.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dsr1kit.compare.journal import read_records
 from dsr1kit.compare.runner import Finished, run_comparison
 from dsr1kit.compare.settings import OnProgress, RunSettings
 from dsr1kit.compare.summary import Record
-from dsr1kit.errors import RunError
+from dsr1kit.errors import RunError, UsageError
 from dsr1kit.finetune.data import Example, example, write_file
 from dsr1kit.records import Outcome
 
@@ -47,7 +47,7 @@ class Collected:
 
     def told(self) -> list[str]:
         """Lines for a person."""
-        why = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items())
+        why = _counted(self.dropped)
         cost = "" if self.cost is None else f"; cost {self.currency} {self.cost:.4g}"
         kept = f"{len(self.examples):,} of {self.asked:,} answers kept" + (f" (dropped: {why})" if why else "")
         return [f"{kept}; {self.questions:,} of {self.questions_asked:,} questions have one{cost}"]
@@ -74,9 +74,11 @@ async def collect(
         channel_file, retry_failed, client_check, on_progress: as for `run_comparison`.
 
     Raises:
-        UsageError: as `run_comparison`.
+        UsageError: nothing is to be kept; and as `run_comparison`.
         RunError: nothing was right; says how the asking ended instead.
     """
+    if most < 1:
+        raise UsageError(f"most must be at least 1, not {most}: nothing would be kept of what is paid for")
     run = await run_comparison(
         settings, out, channel_file=channel_file, retry_failed=retry_failed, client_check=client_check,
         on_progress=on_progress,
@@ -84,9 +86,10 @@ async def collect(
     records = read_records(run.records)
     kept, dropped = keep(records, most=most)
     if not kept:
-        ends = Counter(r["outcome"] for r in records)
-        how = ", ".join(f"{n:,} {outcome}" for outcome, n in ends.most_common())
-        raise RunError(f"{settings.channels[0]} gave nothing to keep ({how}): {dropped}; see {run.report}")
+        how = _counted(dict(Counter(r["outcome"] for r in records).most_common()))
+        raise RunError(
+            f"{settings.channels[0]} gave nothing to keep (ended: {how}; dropped: {_counted(dropped)}); see {run.report}"
+        )
     channel = run.summary["channels"][settings.channels[0]]
     return Collected(
         examples=tuple(kept),
@@ -123,6 +126,10 @@ def keep(records: Iterable[Record], *, most: int = 1) -> tuple[list[Example], Co
         counts[record["item"]] += 1
         kept.append(one)
     return kept, dropped
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:

@@ -72,10 +72,11 @@ def example(
     source: str = "",
 ) -> Example:
     """An Example from its texts; scorer, language and id are made up from them where not given."""
+    reasoning, answer = reasoning.strip("\n"), answer.strip()
     return Example(
         messages=(*before, {"role": "user", "content": question}),
-        reasoning=reasoning.strip("\n"),
-        answer=answer.strip(),
+        reasoning=reasoning,
+        answer=answer,
         gold=gold,
         scorer=scorer or (guessed_scorer(gold) if gold else "math"),
         kind=kind,
@@ -151,7 +152,8 @@ def write_file(examples: Iterable[Example], path: Path) -> Path:
 def as_row(one: Example) -> dict[str, Any]:
     """An example as a line of JSONL: `question`, or `messages` where there were turns before it."""
     row = {key: value for key, value in asdict(one).items() if key not in ("messages", "id", "source") and value}
-    alone = len(one.messages) == 1
+    # White space around a question stands in chats, which are read as they are.
+    alone = len(one.messages) == 1 and one.question == one.question.strip()
     asked: dict[str, Any] = {"question": one.question} if alone else {"messages": [dict(turn) for turn in one.messages]}
     return asked | {"reasoning": one.reasoning, "answer": one.answer} | row
 

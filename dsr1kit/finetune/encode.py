@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dsr1kit.errors import UsageError
 from dsr1kit.finetune.data import Example
-from dsr1kit.local.prompts import ids_of, prompt_text
+from dsr1kit.local.prompts import ids_of, prompt_text, without_thinking
 from dsr1kit.local.rows import Marks
 from dsr1kit.records import Message
 
@@ -90,12 +90,13 @@ def _earlier_answers(tokenizer: Any, text: str, messages: Sequence[Message]) -> 
     def render(turns: Sequence[Message], *, ask: bool) -> str:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask))
 
+    turns: list[Message] = [{**turn, "content": without_thinking(turn)} for turn in messages]  # as in the prompt
     end, found = str(tokenizer.eos_token or ""), []
-    for at, turn in enumerate(messages):
+    for at, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        with_it = render(messages[: at + 1], ask=False)
-        begin = with_it.rfind(turn["content"].rpartition("</think>")[2].strip())
+        with_it = render(turns[: at + 1], ask=False)
+        begin = with_it.rfind(turn["content"].strip())
         if begin < 0 or not text.startswith(with_it.removesuffix("\n").removesuffix(end)):
             raise UsageError(
                 "the model's chat template renders a conversation otherwise once more turns follow, so the loss cannot "

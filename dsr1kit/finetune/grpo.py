@@ -18,7 +18,7 @@ from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import Dsr1kitError, RunError, UnknownName, UsageError
 from dsr1kit.finetune.alarms import Alarm, Watch, too_long
-from dsr1kit.finetune.base import open_base, put_adapter, require_finetune, shortage_told
+from dsr1kit.finetune.base import in_full_precision, open_base, put_adapter, require_finetune, shortage_told
 from dsr1kit.finetune.rewards import Rewards, answer_of, form_of, length_of
 from dsr1kit.finetune.runs import Run
 from dsr1kit.finetune.settings import SCHEDULES, AdapterSettings
@@ -205,7 +205,7 @@ def train_grpo(
         on_text: called with a line where there is something to say, alarms among them.
 
     Raises:
-        UsageError: a folder of another run, or a prompt that leaves no room.
+        UsageError: a folder of another run, fewer questions than a step asks, or a prompt that leaves no room.
         ModelError: the model cannot be loaded, or memory ran out.
         RunError: a checkpoint could not be written, or no group taught anything for `patience` steps.
         MissingExtra: a package is not installed.
@@ -213,6 +213,11 @@ def train_grpo(
     require_finetune()
     tell = on_text or (lambda _: None)
     asked = list(items) if items is not None else load_task(settings.task, settings.items, settings.seed)
+    if len(asked) < settings.prompts:  # the trainer would end at once, and well, having trained nothing
+        raise UsageError(
+            f"a step asks {settings.prompts} different questions, and there are {len(asked)}: lower --prompts, or ask "
+            "more of them (--questions)"
+        )
     run = Run(Path(out), {"grpo": asdict(settings), "data": digest(asked)})
     if (noted := run.result()) is not None:
         tell(f"{out} is complete already")
@@ -230,6 +235,7 @@ def train_grpo(
             trainer = _trainer(
                 settings, loaded, model, asked, run.checkpoints, [following, _watching(watch, settings, tell)]
             )
+            in_full_precision(trainer.model)  # TRL casts adapters on quantized weights to bfloat16, which a T4 has not
             resumed_at = run.train(trainer, tell)
     if watch.dead:
         raise RunError(
@@ -316,7 +322,7 @@ def _rollouts(loaded: LoadedModel, settings: GrpoSettings) -> Callable[[list[Any
         if longest + settings.max_tokens > loaded.context:
             raise UsageError(
                 f"a prompt of {longest} tokens and {settings.max_tokens} of completion pass the model's context of "
-                f"{loaded.context}: lower --max-tokens"
+                f"{loaded.context}: {'lower --max-tokens' if longest < loaded.context else 'ask shorter questions'}"
             )
         step = trainer.state.global_step
         rows = [
@@ -384,6 +390,10 @@ def _watching(watch: Watch, settings: GrpoSettings, tell: Callable[[str], None])
     class Watching(base):  # type: ignore[misc]  # transformers is untyped here
         told_time = False
         began: float | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            for row in state.log_history:  # what was seen before a kill counts on
+                watch.look(int(row["step"]), row)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             import time

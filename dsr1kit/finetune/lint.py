@@ -107,7 +107,8 @@ def _findings(tokenizer: Any, marks: Marks, one: Example, row: Encoded) -> list[
     last = next((at for at in range(len(row.labels) - 1, -1, -1) if row.labels[at] != IGNORED), -1)
     asked, opened = prompt_text(tokenizer, marks, one.messages)
     joint = ids_of(tokenizer, asked + _decoded(tokenizer, row.input_ids[len(prompt.ids) :]))
-    holds = not one.reasoning or one.reasoning in counted
+    # As the tokenizer writes it: many compose accents and signs (NFC).
+    holds = _decoded(tokenizer, ids_of(tokenizer, one.reasoning)).strip() in counted
     found = [
         Finding(
             holds,
@@ -127,12 +128,14 @@ def _findings(tokenizer: Any, marks: Marks, one: Example, row: Encoded) -> list[
     )
     where = _decoded(tokenizer, row.input_ids[max(0, begins - 4) : begins])
     right = same and begins <= len(prompt.ids)
-    inside = "inside the thinking" if opened else "where the answer begins"
-    found.append(
-        Finding(
-            right, f"the loss starts behind {where!r}" + (f", {inside}" if right else ", not where the model goes on")
-        )
-    )
+    if not right:
+        place = ", not where the model goes on"
+    elif begins < len(prompt.ids):
+        place = ", before the last answer: the loss counts earlier turns too"
+    else:
+        place = ", inside the thinking" if opened else ", where the answer begins"
+    starts = f"behind {where!r}" if begins else "with the first token"
+    found.append(Finding(right, f"the loss starts {starts}{place}"))
     ends = last >= 0 and row.input_ids[last] in marks.ends and last == len(row.input_ids) - 1
     found.append(
         Finding(ends, "the end mark is trained" if ends else "the end mark is not trained: answers would not end")

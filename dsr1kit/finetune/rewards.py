@@ -30,11 +30,11 @@ class Rewards:
     length: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.right <= 0:
+        if not self.right > 0:
             raise UsageError(
                 f"the weight of right answers must be above 0, not {self.right}: nothing else teaches them"
             )
-        if self.form < 0 or self.length < 0:
+        if not (self.form >= 0 and self.length >= 0):
             raise UsageError("weights of rewards must be 0 or more")
 
 

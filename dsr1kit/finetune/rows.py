@@ -30,22 +30,21 @@ def row_order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list
     """
     if not lengths or batch < 1 or steps < 0:
         raise UsageError(f"an order needs rows, a batch and steps, not {len(lengths)} rows, {batch} and {steps}")
-    wanted = batch * steps
+    wanted, rows = batch * steps, len(lengths)
     order: list[int] = []
-    number = 0
-    while len(order) < wanted:
-        shuffled = list(range(len(lengths)))
+    for number in range(math.ceil(wanted / rows)):
+        shuffled = list(range(rows))
         random.Random(f"rows/{seed}/{number}").shuffle(shuffled)
         order += shuffled
-        number += 1
-    order = order[:wanted]
     found: list[int] = []
-    chunk = batch * _TOGETHER
-    for at in range(0, wanted, chunk):
-        alike = sorted(order[at : at + chunk], key=lengths.__getitem__)
+    while (at := len(found)) < wanted:
+        # Of one pass alone, or a batch would hold the same row several times.
+        here = (rows - at % rows) // batch
+        end = min(wanted, at + batch * min(max(here, 1), _TOGETHER))
+        alike = sorted(order[at:end], key=lengths.__getitem__)
         batches = [alike[start : start + batch] for start in range(0, len(alike), batch)]
         random.Random(f"batches/{seed}/{at}").shuffle(batches)
-        found += [row for rows in batches for row in rows]
+        found += [row for some in batches for row in some]
     return found
 
 

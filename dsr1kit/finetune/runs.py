@@ -9,6 +9,7 @@ Knows files and how a trainer is started; nothing about data or losses.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -40,11 +41,9 @@ class Run:
         self._facts: dict[str, Any] = {"identity": redact_texts(json.loads(json.dumps(identity)))}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else None
+            before = _read(self._path) if self._path.exists() else None
         except OSError as error:
             raise UsageError(f"{folder} cannot be used: {error.strerror}") from None
-        except ValueError:
-            raise UsageError(f"{self._path} is no JSON: was it edited? Choose another --out") from None
         if before is not None:
             if different := _differences(before["identity"], self._facts["identity"]):
                 raise UsageError(
@@ -83,8 +82,13 @@ class Run:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         return 0 if last is None else checkpoints.step_of(last)
 
-    def finish(self, model: Any, result: Mapping[str, Any]) -> None:
+    def finish(self, model: Any, result: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> None:
         """Put the adapter in place, note the result, and remove the checkpoints, which are then of no use.
+
+        Args:
+            model: with the adapter.
+            result: what came of it.
+            weights: the model's, gathered, where it lies in parts on several devices.
 
         Raises:
             RunError: the adapter could not be written; the checkpoints are kept.
@@ -92,7 +96,7 @@ class Run:
         part = self.folder / "adapter.part"
         try:
             shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(str(part), safe_serialization=True)
+            model.save_pretrained(str(part), safe_serialization=True, state_dict=weights)
             shutil.rmtree(self.adapter, ignore_errors=True)
             part.replace(self.adapter)
         except Exception as error:
@@ -117,6 +121,14 @@ class Run:
             part.replace(self._path)
         except OSError as error:
             raise RunError(f"{self._path} cannot be written: {error.strerror}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and "identity" in facts:
+            return facts
+    raise UsageError(f"{path} is no file of a run: was it edited? Choose another --out")
 
 
 def _first() -> bool:

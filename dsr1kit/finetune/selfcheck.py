@@ -152,19 +152,20 @@ def _reference(module: Any) -> Any:
         """x W^T, the weights dequantized anew for the way back, so that none are kept."""
 
         @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
+        def forward(ctx: Any, x: Any, bias: Any) -> Any:
             ctx.dtype = x.dtype
-            return x @ _weights(module, x.dtype).T
+            return torch.nn.functional.linear(x, _weights(module, x.dtype), bias)
 
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
-            return grad @ _weights(module, ctx.dtype)
+            return grad @ _weights(module, ctx.dtype), None
 
     def forward(x: Any) -> Any:
         kind = module.compute_dtype if getattr(module, "compute_dtype", None) is not None else x.dtype
-        product: Any = Product.apply(x.to(kind))  # type: ignore[no-untyped-call]  # torch's own
-        if module.bias is not None:
-            product = product + module.bias.to(product.dtype)
+        # The bias is added before the product is rounded, as in the layer: in half precision gradients are noisy enough
+        # to tell one rounding more.
+        bias = None if module.bias is None else module.bias.to(kind)
+        product: Any = Product.apply(x.to(kind), bias)  # type: ignore[no-untyped-call]  # torch's own
         return product.to(x.dtype)
 
     return forward

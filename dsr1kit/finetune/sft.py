@@ -24,7 +24,7 @@ from dsr1kit.finetune.rows import row_order, steps_for
 from dsr1kit.finetune.runs import Run
 from dsr1kit.finetune.selfcheck import GradientCheck, check_gradients, require_gradients
 from dsr1kit.finetune.settings import SftSettings
-from dsr1kit.finetune.trainers import Curve, OnStep, follow, safe
+from dsr1kit.finetune.trainers import Curve, OnStep, follow, safe, score_counted_alone
 from dsr1kit.local.load import LoadedModel, quiet
 
 __all__ = ["Trained", "train_sft"]
@@ -123,8 +123,10 @@ def train_sft(
         gradients=gradients,
         facts=facts,
     )
+    # Sharded weights are gathered by all processes together.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        run.finish(model, asdict(found))
+        run.finish(model, asdict(found), weights)
     return found
 
 
@@ -185,6 +187,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
         dataloader_pin_memory=loaded.device != "cpu",
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
@@ -197,6 +200,8 @@ def _trainer(
         callbacks=[following],
     )
     in_full_precision(trainer.model)  # TRL casts adapters on quantized weights to bfloat16, which a T4 has not
+    if loaded.device == "cpu":
+        score_counted_alone(trainer.model)
     trainer.in_order, trainer.global_batch = True, batch
     return trainer, following, steps
 
@@ -211,7 +216,13 @@ def _packed(rows: Sequence[Encoded], length: int) -> list[dict[str, list[int]]]:
 
     trl: Any = importlib.import_module("trl")
     dataset = datasets.Dataset.from_list(_single(rows))
-    return list(trl.pack_dataset(dataset, length, "bfd"))
+    bars = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return list(trl.pack_dataset(dataset, length, "bfd"))
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def precision_of(loaded: LoadedModel) -> dict[str, bool]:
@@ -224,6 +235,7 @@ def precision_of(loaded: LoadedModel) -> dict[str, bool]:
 def _for_advice(settings: SftSettings) -> dict[str, Any]:
     return {
         "batch_size": settings.batch_size,
+        "accumulation": settings.accumulation,
         "checkpointing": settings.checkpointing,
         "max_length": settings.max_length,
         "method": settings.adapter.method,

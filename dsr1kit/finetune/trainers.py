@@ -1,4 +1,5 @@
-"""What the kit adds to TRL's trainers: whole checkpoints, an order of its own, progress, and the curve of a run.
+"""What the kit adds to TRL's trainers: whole checkpoints, an order of its own, less work in the head, progress, and the
+curve of a run.
 
 Knows transformers' Trainer; nothing about data or models.
 """
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from dsr1kit.errors import RunError
 from dsr1kit.finetune import checkpoints
 from dsr1kit.finetune.base import disk_told
+from dsr1kit.finetune.encode import IGNORED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: (step, steps, the loss or another value, seconds left)
 OnStep = Callable[[int, int, float, float], None]
+#: Positions whose scores over the whole vocabulary are held at once.
+_SCORED_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,74 @@ def safe(trainer: type) -> type:
             return super()._get_train_sampler(dataset)
 
     return Safe
+
+
+def score_counted_alone(model: Any) -> bool:
+    """Send none but the positions that the loss counts through the head of a model that TRL's SFTTrainer has; returns
+    whether that could be done.
+
+    On a GPU TRL does so itself. On a processor it sends prompts and padding too, in fp32 and twice over, which is half
+    of all the work for a small model with a large vocabulary. Here a position's gradient is taken where its score is;
+    TRL's entropy and token accuracy are not computed (NaN).
+
+    Args:
+        model: with or without an adapter; its head must not be trained.
+    """
+    import torch
+    from torch.nn.functional import linear
+    from trl.trainer import utils
+
+    output: Any = getattr(utils, "FusedCausalLMOutput", None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, text = base.get_output_embeddings(), base.config.get_text_config()
+    special = ("final_logit_softcapping", "logit_scale", "output_router_logits")
+    if (
+        output is None
+        or type(head) is not torch.nn.Linear
+        or any(p.requires_grad for p in head.parameters())
+        or any(getattr(text, name, None) for name in special)
+    ):
+        return False
+
+    class LogProbs(torch.autograd.Function):
+        """(positions, width), (positions,) -> (positions,): log-probabilities of the targets in fp32."""
+
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, targets: Any, weight: Any, bias: Any) -> Any:
+            found = hidden.new_empty(len(hidden), dtype=torch.float32)
+            slopes = torch.empty_like(hidden)
+            for at in range(0, len(hidden), _SCORED_AT_ONCE):
+                part = slice(at, at + _SCORED_AT_ONCE)
+                wanted = targets[part, None]
+                scores = linear(hidden[part], weight, bias).float().log_softmax(-1)
+                found[part] = scores.gather(1, wanted)[:, 0]
+                push = scores.exp_().neg_()
+                push.scatter_add_(1, wanted, push.new_ones(wanted.shape))
+                slopes[part] = push.to(weight.dtype) @ weight
+            ctx.save_for_backward(slopes)
+            return found
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None
+
+    theirs = base.forward
+
+    def forward(*args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head or inputs.get("labels") is None or inputs.get("shift_labels") is not None:
+            return theirs(*args, fused_lm_head=fused_lm_head, **inputs)
+        targets = inputs.pop("labels")[:, 1:]
+        hidden = base.get_decoder()(*args, **inputs).last_hidden_state[:, :-1]
+        counted = targets != IGNORED
+        scored: Any = LogProbs.apply(hidden[counted], targets[counted], head.weight, head.bias)
+        # Connected to the model even where nothing counts.
+        log_probs = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
+        unknown = torch.full((), float("nan"))
+        return output(log_probs=log_probs, entropy=unknown, is_top1=unknown, label_mask=counted)
+
+    base.forward = forward
+    return True
 
 
 def follow(on_step: OnStep | None, value: str = "loss") -> Any:

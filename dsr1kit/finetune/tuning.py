@@ -123,7 +123,7 @@ async def look_at(
     task = measure.task or _task_of(data)
     if not task:
         examples, task = hold_out(examples, out)
-    asked = questions(_gain_settings(settings, measure, task, {"tuned": out}))
+    asked = questions(_gain_settings(settings, measure, task, {_name(out): out}))
     tokenizer, marks = tokenizer_and_marks(settings.model)
     checked = await check(
         examples,
@@ -169,9 +169,14 @@ async def tune(
     trained = train_sft(settings, looked.checked.kept, folder, on_step=on_step, on_text=on_text)
     gain = None
     if measure.wanted:
-        asked = _gain_settings(settings, measure, looked.task, {folder.name: trained.adapter})
+        asked = _gain_settings(settings, measure, looked.task, {_name(folder): trained.adapter})
         gain = await measure_gain(asked, folder / "gain", asked=looked.asked, on_progress=on_progress)
     return Tuned(looked, trained, gain)
+
+
+def _name(folder: Path) -> str:
+    """What the adapter of a run is called; `.` has no name of its own."""
+    return folder.resolve().name
 
 
 def _gain_settings(settings: SftSettings, measure: Measure, task: str, adapters: dict[str, Path]) -> GainSettings:
@@ -197,7 +202,7 @@ def hold_out(examples: Sequence[Example], out: Path) -> tuple[list[Example], str
     Raises:
         UsageError: too few have a gold.
     """
-    known = list(dict.fromkeys(one.question for one in examples if one.gold))
+    known = list(dict.fromkeys(one.question.strip() for one in examples if one.gold))
     if len(known) < 2 * _SHARE_HELD_OUT:
         raise UsageError(
             f"{len(known)} questions have a gold, too few to hold some out: add a gold to the data, or name what to "
@@ -205,10 +210,10 @@ def hold_out(examples: Sequence[Example], out: Path) -> tuple[list[Example], str
         )
     wanted = min(_MOST_HELD_OUT, len(known) // _SHARE_HELD_OUT)
     chosen = set(sorted(known, key=hashed)[:wanted])
-    rest = [one for one in examples if one.question not in chosen]
+    rest = [one for one in examples if one.question.strip() not in chosen]
     out.mkdir(parents=True, exist_ok=True)
     path = out / HELD_OUT
-    rows = {one.question: one for one in examples if one.question in chosen and one.gold}
+    rows = {one.question.strip(): one for one in examples if one.question.strip() in chosen and one.gold}
     with path.open("w", encoding="utf-8") as file:
         for question, one in rows.items():
             row = {"question": question, "answer": one.gold, "scorer": one.scorer, "language": one.language}

@@ -15,8 +15,9 @@ from dsr1kit.finetune.data import Example, example
 #: Examples of one source where no number is asked for.
 USUAL = 2_000
 CHAIN_SUM = f"{gym.PREFIX}chain_sum"
+_PATIENCE = 20_000  # draws without a new problem after which there are no more
 _APART = 1_000_003  # a generator's questions hang on the seed: those trained on are not those asked to measure
-_CHAIN = re.compile(r"\d+(?: [+-] \d+)+")
+_CHAIN = re.compile(r"-?\d+(?: [+-] -?\d+)+")
 
 
 def examples_named(name: str, limit: int | None, seed: int) -> list[Example]:
@@ -54,8 +55,10 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
     kinds = (kind,) if kind else arithmetic.TAUGHT
     streams = [arithmetic.stream(name, "train", seed) for name in kinds]
     found: dict[str, Example] = {}
-    for at in range(100 * n):
-        problem = next(streams[at % len(streams)])
+    drawn = new = 0
+    while drawn - new < _PATIENCE:
+        problem = next(streams[drawn % len(streams)])
+        drawn += 1
         if problem.kind == "sum4" and not all(
             arithmetic.side_of(*step) == "train" for step in arithmetic.chained(problem.operands)
         ):
@@ -64,7 +67,8 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
             problem.question, problem.reasoning, problem.answer, gold=str(problem.value), scorer="number",
             kind=problem.kind, language=problem.language, source=f"worked:{task}",
         )  # fmt: skip
-        found.setdefault(one.id, one)
+        if one.id not in found:
+            found[one.id], new = one, drawn
         if len(found) == n:
             return list(found.values())
     raise UsageError(f"worked:{task} has {len(found):,} different problems, not {n:,}: ask for at most that many")
@@ -101,10 +105,11 @@ def tens_and_ones(chain: str) -> tuple[str, int]:
     first, *rest = chain.split()
     total, lines = int(first), []
     for sign, text in zip(rest[::2], rest[1::2], strict=True):
-        number, factor = int(text), 1 if sign == "+" else -1
-        for part in _parts(number):
-            lines.append(f"{total} {sign} {part} = {total + factor * part}")
-            total += factor * part
+        less = "-" if text.startswith("-") else ""
+        for part in _parts(abs(int(text))):
+            step = part if (sign == "+") == (not less) else -part
+            lines.append(f"{total} {sign} {less}{part} = {total + step}")
+            total += step
     return "\n".join(lines), total
 
 
