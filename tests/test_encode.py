@@ -130,7 +130,7 @@ def test_a_template_that_changes_what_stood_before_is_refused_for_loss_assistant
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer, marks = shipped(template)
-    with pytest.raises(UsageError, match="renders a conversation otherwise once more turns follow.*take loss 'compl"):
+    with pytest.raises(UsageError, match=r"renders a conversation otherwise once more turns follow.*take loss 'compl"):
         encode(tokenizer, marks, LATER, "assistant")
     assert encode(tokenizer, marks, LATER).counted > 0
 

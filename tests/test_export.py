@@ -342,7 +342,8 @@ def test_a_modelfile_names_the_weights_and_has_r1s_prompt_form_and_sampling(merg
     assert "PARAMETER temperature 0.6\nPARAMETER top_p 0.95\nPARAMETER num_ctx 1024\n" in text
     (template,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
     assert template.startswith("<｜begin▁of▁sentence｜>{{ if .System }}")
-    assert "<｜User｜>{{ $turn.Content }}" in template
+    assert "<｜User｜>{{ .Content }}" in template
+    assert "<think>\n{{ .Thinking }}\n</think>\n" in template
     assert "<｜Assistant｜><think>\n{{ end }}" in template
     assert template.count("{{ end }}") + template.count("{{- end }}") == len(re.findall(r"{{-? (?:if|range)", template))
     for mark in ("<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"):

@@ -1,4 +1,4 @@
-"""The gradient self-check: sound weights pass, weights packed for inference or wrong products are refused by their cause."""
+"""The gradient self-check: sound weights pass, weights packed for inference or wrong products are refused."""
 
 from __future__ import annotations
 

@@ -169,9 +169,13 @@ def test_a_line_holds_only_what_is_set() -> None:
         ("[\n" + GOOD + "]", r"line 1: no JSON .*; write one object a line \(JSONL\)"),
         ('["a"]\n', "line 1: a line holds one object with a training example"),
         (GOOD.encode() + b'{"question": "\xd6\xd0"}', "line 2: byte 15 is not UTF-8"),
-        (GOOD + '{"text": "hello"}\n', r"line 2: no training example; expected messages \(chat\); or conversations "
-         r"\(ShareGPT\); or instruction and output \(Alpaca\); or question, reasoning and answer \(plain\); the line "
-         "has 'text'"),
+        (
+            GOOD + '{"text": "hello"}\n',
+            (
+                r"line 2: no training example; expected messages \(chat\); or conversations \(ShareGPT\); or "
+                r"instruction and output \(Alpaca\); or question, reasoning and answer \(plain\); the line has 'text'"
+            ),
+        ),
         ('{"qestion": "1?", "answer": 1}', r"the line has 'qestion', 'answer' \(is 'qestion' meant\?\)"),
         ("{}", "line 1: no training example; .*the line has nothing"),
         (GOOD + '{"question": "1?", "anwser": "2"}', r"line 2: no 'answer' \(is 'anwser' meant\?\); a plain line"),

@@ -242,7 +242,7 @@ def test_a_text_that_the_linter_finds_unfit_is_not_trained_on(tmp_path: Path, mo
     monkeypatch.setattr(
         "dsr1kit.finetune.tuning.lint", lambda tokenizer, marks, one, _: lint_template(tokenizer, marks, one)
     )
-    told = r"trained on a wrong text: the reasoning is gone from what the loss counts.*dsr1kit finetune lint|check shows it"
+    told = r"trained on a wrong text: the reasoning is gone from what the loss counts.*dsr1kit finetune check"
     with pytest.raises(UsageError, match=told):
         asyncio.run(tune(settings(), DATA, tmp_path / "run", MEASURE))
     assert not (tmp_path / "run").exists()
@@ -259,7 +259,7 @@ def test_other_data_or_settings_in_the_same_folder_are_refused(tuned: tuple[Tune
     run = json.loads((out / "run.json").read_text())
     with pytest.raises(UsageError, match="holds another training: data was"):
         asyncio.run(tune(settings(), ["worked:arithmetic:sum4:40"], out, MEASURE))
-    with pytest.raises(UsageError, match="holds another training: sft.learning_rate"):
+    with pytest.raises(UsageError, match=r"holds another training: sft\.learning_rate"):
         asyncio.run(tune(settings(learning_rate=1e-3), DATA, out, MEASURE))
     assert json.loads((out / "run.json").read_text()) == run
     assert load_examples(DATA), "the data is still there"

@@ -88,7 +88,8 @@ async def collect(
     if not kept:
         how = _counted(dict(Counter(r["outcome"] for r in records).most_common()))
         raise RunError(
-            f"{settings.channels[0]} gave nothing to keep (ended: {how}; dropped: {_counted(dropped)}); see {run.report}"
+            f"{settings.channels[0]} gave nothing to keep (ended: {how}; dropped: {_counted(dropped)}); see "
+            f"{run.report}"
         )
     channel = run.summary["channels"][settings.channels[0]]
     return Collected(

@@ -32,23 +32,23 @@ _PACKAGES = ("dsr1kit", "python", "torch", "transformers", "peft", "trl", "bitsa
 _BEGIN, _TURN = "<｜begin▁of▁sentence｜>", "<｜Assistant｜>"
 _STOPS = ("<｜end▁of▁sentence｜>", "<｜User｜>", _TURN)
 _OTHER_STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-#: R1's prompt form in Go's template language. An earlier answer comes without its thinking; that of the last turn is
-#: written so that Ollama knows the tags, and where the prompt ends inside the thinking it takes what comes for it.
+#: R1's prompt form in Go's template language. An earlier answer comes without its thinking. Ollama learns the tags from
+#: what stands around `.Thinking` (a variable's field would not do), and knows where a prompt ends inside the thinking.
 _OLLAMA = """\
 {{ if .System }}{{ .System }}{{ end }}
-{{- range $i, $turn := .Messages }}
+{{- range $i, $_ := .Messages }}
 {{- $last := eq (len (slice $.Messages $i)) 1 }}
-{{- if eq $turn.Role "user" }}<｜User｜>{{ $turn.Content }}
+{{- if eq .Role "user" }}<｜User｜>{{ .Content }}
 {{- end }}
-{{- if eq $turn.Role "assistant" }}<｜Assistant｜>
-{{- if and $last $turn.Thinking }}<think>
-{{ $turn.Thinking }}
+{{- if eq .Role "assistant" }}<｜Assistant｜>
+{{- if and $last .Thinking }}<think>
+{{ .Thinking }}
 </think>
 
-{{ end }}{{ $turn.Content }}
+{{ end }}{{ .Content }}
 {{- if not $last }}<｜end▁of▁sentence｜>{{ end }}
 {{- end }}
-{{- if and $last (ne $turn.Role "assistant") }}<｜Assistant｜>OPENED{{ end }}
+{{- if and $last (ne .Role "assistant") }}<｜Assistant｜>OPENED{{ end }}
 {{- end }}"""
 
 
@@ -189,16 +189,15 @@ def serve_commands(base: str, adapter: Path, *, merged: Path | None = None) -> d
     Raises:
         ModelError, UnknownName: no such base; an adapter of a rank that vLLM does not serve.
     """
-    adapter = Path(adapter)
     place, gguf = locate(base)
-    folder, whole = _cached(place), adapter.resolve()
+    folder, whole = _cached(place), Path(adapter).resolve()
     # Not here to be looked into: taken for R1's.
     thinks = not folder.is_dir() or "<think>" in chat_template(folder)
     context = _context(folder, commands.CONTEXT_GPU)
     given: dict[str, Any] = {"host": "127.0.0.1", "port": _PORT, "context": context, "thinks": thinks}
     found = {"dsr1kit": ["dsr1kit", "serve", base, "--adapter", str(whole), "--port", str(_PORT)]}
-    if not gguf and not read_adapter(adapter).get("use_dora"):
-        name = commands.served_name(base, Path(place), adapter)
+    if not gguf and not read_adapter(whole).get("use_dora"):
+        name = commands.served_name(base, Path(place), whole)
         found["vllm"] = ["vllm", "serve", *commands.vllm_arguments(place, adapter=whole, served_as=name, **given)]
     if merged is not None:
         model = str(Path(merged).resolve())
@@ -296,8 +295,7 @@ def _base_license(base: str) -> str:
 
 
 def _license(base: str) -> str:
-    licensed = _base_license(base)
-    told = f"the base's card names `{licensed}`" if licensed else "see the base's page"
+    told = f"the base's card names `{named}`" if (named := _base_license(base)) else "see the base's page"
     terms = "The data may add terms of its own."
     return f"## License\n\nWhat is made of a model stands under that model's license: {told}. {terms}"
 

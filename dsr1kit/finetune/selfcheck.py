@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +130,7 @@ def _cosine(a: Sequence[Any], b: Sequence[Any]) -> float:
 @contextlib.contextmanager
 def _dequantized(model: Any) -> Iterator[int]:
     """Quantized linear layers compute with their dequantized weights inside; gives how many were packed."""
-    from bitsandbytes import nn
-
+    nn: Any = importlib.import_module("bitsandbytes.nn")
     changed: list[Any] = []
     packed = 0
     for module in model.modules():

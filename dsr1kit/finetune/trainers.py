@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsr1kit.errors import RunError
 from dsr1kit.finetune import checkpoints
@@ -168,7 +168,7 @@ def score_counted_alone(model: Any) -> bool:
             (slopes,) = ctx.saved_tensors
             return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None
 
-    theirs = base.forward
+    theirs, log_probs_of = base.forward, cast(Any, LogProbs).apply
 
     def forward(*args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head or inputs.get("labels") is None or inputs.get("shift_labels") is not None:
@@ -176,7 +176,7 @@ def score_counted_alone(model: Any) -> bool:
         targets = inputs.pop("labels")[:, 1:]
         hidden = base.get_decoder()(*args, **inputs).last_hidden_state[:, :-1]
         counted = targets != IGNORED
-        scored: Any = LogProbs.apply(hidden[counted], targets[counted], head.weight, head.bias)
+        scored: Any = log_probs_of(hidden[counted], targets[counted], head.weight, head.bias)
         # Connected to the model even where nothing counts.
         log_probs = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
         unknown = torch.full((), float("nan"))

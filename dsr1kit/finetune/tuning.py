@@ -165,7 +165,7 @@ async def tune(
             on_text(line)
     if not looked.lint.sound:
         wrong = "; ".join(finding.said for finding in looked.lint.findings if not finding.holds)
-        raise UsageError(f"this would be trained on a wrong text: {wrong}; dsr1kit finetune lint shows it")
+        raise UsageError(f"this would be trained on a wrong text: {wrong}; dsr1kit finetune check shows it")
     trained = train_sft(settings, looked.checked.kept, folder, on_step=on_step, on_text=on_text)
     gain = None
     if measure.wanted:
