@@ -31,14 +31,14 @@ def base(**changed):
     return Qwen2ForCausalLM(Qwen2Config(**json.loads((folder / "config.json").read_text()) | changed))
 
 
-def lora(folder, seed, *, merged=False, **changed):
+def lora(folder, seed, *, merged=False, dora=False, **changed):
     """A random adapter on tiny-r1 (or on a model that is `changed`), strong enough to turn its words; its folder."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    model = get_peft_model(base(**changed), LoraConfig(task_type="CAUSAL_LM", **options))
+    model = get_peft_model(base(**changed), LoraConfig(task_type="CAUSAL_LM", use_dora=dora, **options))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
@@ -97,6 +97,25 @@ def test_an_adapter_says_what_the_merged_model_says_and_swaps_without_loading(ad
     assert len(set.union(*replies.values())) == 3
     for name, folder in adapters.items():
         assert replies[name] == {run(ask, source=folder.parent / f"{folder.name}-merged")}
+
+
+def test_the_magnitudes_of_a_dora_are_in_use_and_those_of_each_its_own(tmp_path):
+    folders = {name: lora(tmp_path / name, seed, merged=True, dora=True) for seed, name in enumerate(("one", "two"))}
+
+    async def swapped(model):
+        found = {}
+        for name in folders:
+            await model.use_adapter(name)
+            found[name] = said(await model.ask(QUESTION, GREEDY))
+        return found
+
+    async def once(model):
+        return said(await model.ask(QUESTION, GREEDY))
+
+    found = run(swapped, adapters=folders)
+    for name in folders:
+        assert found[name] == run(once, str(tmp_path / f"{name}-merged"))
+    assert found["one"] != found["two"]
 
 
 def test_adapters_named_on_opening_are_loaded_and_the_first_is_in_use(adapters):

@@ -153,7 +153,8 @@ class Gain:
             }
             for one in self.changes
         ]
-        return pd.DataFrame(rows).set_index(["adapter", "task"])
+        columns = None if rows else ["adapter", "task"]
+        return pd.DataFrame(rows, columns=columns).set_index(["adapter", "task"])
 
     def as_data(self) -> list[dict[str, Any]]:
         """The changes as plain data."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dsr1kit.local.load import LoadedModel
 
 
+_MAGNITUDE = ".lora_magnitude_vector"
+
+
 class Adapters:
     """The adapters of one model.
 
@@ -59,8 +62,10 @@ class Adapters:
         try:
             with quiet():  # it reports the other adapters' weights as missing
                 info = self._model.load_adapter(str(path), adapter_name=inner, is_trainable=False)
-            lacking = [key for key in info.missing_keys if f".{inner}." in key]
-            if wrong := [*lacking, *info.unexpected_keys]:
+            scaled = self._put_magnitudes(path, inner)
+            lacking = [key for key in info.missing_keys if f".{inner}." in key and not _of(key, scaled)]
+            unknown = [key for key in info.unexpected_keys if not _of(key, scaled)]
+            if wrong := [*lacking, *unknown]:
                 raise ValueError(f"{len(wrong)} of its weights have no counterpart, such as {sorted(wrong)[0]}")
         except Exception as error:  # PEFT raises what it likes: the model may hold half of the adapter now
             self._forget(inner)
@@ -86,12 +91,35 @@ class Adapters:
             self._model.disable_adapters()
         self.active = name
 
+    def _put_magnitudes(self, path: Path, inner: str) -> set[str]:
+        """Put a DoRA's magnitudes in place, which transformers looks for under another name than PEFT writes;
+        returns the names of the layers that have theirs now."""
+        from safetensors import safe_open
+
+        found = set()
+        with safe_open(str(path / "adapter_model.safetensors"), "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping, though it looks like one
+                if not key.endswith(_MAGNITUDE):
+                    continue
+                name = key.removeprefix("base_model.model.").removesuffix(_MAGNITUDE)
+                vectors = self._model.get_submodule(name).lora_magnitude_vector
+                weight = vectors[inner].weight
+                weight.data = file.get_tensor(key).to(weight.device, weight.dtype).reshape(weight.shape)
+                found.add(name)
+        return found
+
     def _forget(self, inner: str) -> None:
         if inner in getattr(self._model, "peft_config", {}):
             with quiet():
                 self._model.delete_adapter(inner)
         if self._inner:
             self.use(self.active)
+
+
+def _of(key: str, scaled: set[str]) -> bool:
+    """Whether a key is of the magnitudes of one of these layers."""
+    name, sign, _ = key.removeprefix("base_model.model.").partition(_MAGNITUDE)
+    return bool(sign) and name in scaled
 
 
 def _check(path: Path) -> str:
