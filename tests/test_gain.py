@@ -16,7 +16,7 @@ from dsr1kit.errors import UsageError
 from dsr1kit.finetune.gain import Change, Gain, GainSettings, changes, measure_gain, questions, size_figure
 from dsr1kit.local.model import LocalModel
 from dsr1kit.paths import data_dir
-from dsr1kit.records import Message, Sampling
+from dsr1kit.records import Message, Outcome, Reply, Sampling
 
 pytest.importorskip("peft", reason="adapters are PEFT's")
 
@@ -168,6 +168,29 @@ def test_a_question_of_two_tasks_is_asked_once_and_counts_in_both(
     assert [(one.task, one.difference.items, one.tuned) for one in gain.changes] == [
         ("one", 4, True), ("two", 4, False),
     ]  # fmt: skip
+
+
+def test_a_model_that_ends_without_an_answer_was_wrong(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out, the questions that a tuning has spoilt would make it look better."""
+
+    async def generate(self: LocalModel, messages: Sequence[Sequence[Message]], *_: Any, **__: Any) -> list[Reply]:
+        said = [Reply(Outcome.OK, answer=f"\\boxed{{{item.gold}}}") for item in shared]
+        if self.adapter is not None:
+            said[3:] = [Reply(Outcome.EMPTY, reasoning="hm")] * 3
+        return said
+
+    shared = load_task(OTHER, 6)
+    monkeypatch.setattr(LocalModel, "generate_many", generate)
+    gain = measured(asked(noisy, task=OTHER, others=()), tmp_path, asked={OTHER: shared})
+    one = gain.of(OTHER)
+    assert (one.before.value, one.after.value, one.difference.items) == (1.0, 0.5, 6)
+    assert one.whole is not None
+    assert (one.whole.value, one.whole.items) == (-0.5, 6)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["channels"]["noisy"]["outcomes"] == {"ok": 3, "empty": 3}
+    assert '"verdict": "unscored"' not in (tmp_path / "records.jsonl").read_text()
 
 
 def test_where_no_answer_can_be_judged_nothing_is_said(noisy: Path, tmp_path: Path) -> None:

@@ -289,7 +289,9 @@ async def _ask(
             on_progress=tell,
         )
         for (item, sample), reply in zip(some, replies, strict=True):
-            verdict = await judge.verdict(reply, item)
+            # A model here that ends without an answer has answered wrongly: no provider is to blame for it.
+            own = replace(reply, outcome=Outcome.OK) if reply.outcome is Outcome.EMPTY else reply
+            verdict = await judge.verdict(own, item)
             journal.append(to_record(reply, name, item, sample, Price(0.0, 0.0), verdict))
 
 
@@ -314,7 +316,8 @@ def changes(
             difference = paired_difference(judged(after), judged(before))
             if difference is None or shares[0] is None or shares[1] is None:
                 continue
-            whole = paired_difference(judged(after, truncated=False), judged(before, truncated=False))
+            uncut = [[r for r in rs if r["outcome"] != Outcome.TRUNCATED.value] for rs in (before, after)]
+            whole = paired_difference(judged(uncut[1]), judged(uncut[0]))
             cut = [Counter(r["outcome"] for r in rs)[Outcome.TRUNCATED.value] for rs in (before, after)]
             own.append(
                 Change(

@@ -200,7 +200,7 @@ def _trainer(
         callbacks=[following],
     )
     in_full_precision(trainer.model)  # TRL casts adapters on quantized weights to bfloat16, which a T4 has not
-    if loaded.device == "cpu":
+    if loaded.device == "cpu" and not trainer.is_fsdp_enabled:
         score_counted_alone(trainer.model)
     trainer.in_order, trainer.global_batch = True, batch
     return trainer, following, steps
