@@ -97,7 +97,7 @@ def test_what_was_forgotten_is_shown_and_the_folder_is_a_runs(run: tuple[Gain, l
     found = lines(gain.folder)
     assert len(found) == 4 * ITEMS
     assert {line["channel"] for line in found} == {"before", "noisy"}
-    assert gain.report.read_text().startswith("<!doctype html>")
+    assert gain.report.read_text().startswith("<!DOCTYPE html>")
     assert json.loads((gain.folder / "gain.json").read_text()) == json.loads(json.dumps(gain.as_data()))
     summary = json.loads((gain.folder / "summary.json").read_text())
     assert set(summary["channels"]) == {"before", "noisy"}
