@@ -200,7 +200,7 @@ def test_an_adapter_out_of_sense_is_refused_with_what_is_usual(changed: dict[str
 @pytest.mark.parametrize(
     ("machine", "model", "named", "wanted"),
     [
-        ("cpu-16gb", "tiny-r1", "cpu", {"method": "lora", "learning_rate": 1e-2, "max_length": 1024}),
+        ("cpu-16gb", "tiny-r1", "cpu", {"method": "lora", "learning_rate": 3e-3, "max_length": 1024}),
         ("cpu-16gb", "DeepSeek-R1-Distill-Qwen-1.5B", "cpu", {"method": "lora", "learning_rate": 1e-3}),
         ("t4", "DeepSeek-R1-Distill-Qwen-1.5B", "t4", {"method": "lora", "dtype": "float16", "batch_size": 1}),
         ("t4", "DeepSeek-R1-Distill-Qwen-7B", "t4", {"method": "qlora", "dtype": "float16", "checkpointing": True}),
