@@ -101,7 +101,7 @@ def test_an_unknown_schedule_is_told_with_the_nearest() -> None:
 
 
 def test_small_models_bear_larger_steps_and_unknown_ones_get_small_ones() -> None:
-    assert usual_learning_rate("tiny-r1") == 2e-3
+    assert usual_learning_rate("tiny-r1") == 1e-3
     assert usual_learning_rate("nobody/knows-it") == 1e-5
 
 

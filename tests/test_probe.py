@@ -94,7 +94,10 @@ def test_r1_as_its_card_has_it_passes_all_and_each_check_is_told_as_it_is_settle
 @pytest.mark.parametrize("fault", ["overloaded", "unauthorized", "empty", "not_an_answer", "queued"])
 def test_a_channel_that_fails_at_once_is_asked_once_and_all_stays_unknown(emulated, fault):
     dialect = '[dialect]\nkeep_alive = "comment"\nkeep_alive_s = 0.1\n'
-    result, served = emulated(f"[faults]\n{fault} = 1\n{dialect}[price]\ninput = 1\noutput = 2\n", first_token_s=0.5 if fault in ("queued", "stalled") else 10.0)
+    result, served = emulated(
+        f"[faults]\n{fault} = 1\n{dialect}[price]\ninput = 1\noutput = 2\n",
+        first_token_s=0.5 if fault in ("queued", "stalled") else 10.0,
+    )
     assert verdicts(result) == dict.fromkeys(CHECKS, "unknown")
     assert result.requests == sum(served.values()) == 1
     assert all(fault in c.evidence for c in result.checks)

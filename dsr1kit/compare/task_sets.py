@@ -68,7 +68,7 @@ def recipes() -> Mapping[str, Recipe]:
 def facts(task: str) -> TaskFacts:
     """What is known about a public set, or one subject of it (`ceval:law`). Raises UnknownName."""
     recipe, subject = _recipe(task)
-    local = _local(recipe.name) is not None
+    local = local_folder(recipe.name) is not None
     return TaskFacts(
         name=task,
         title=f"{recipe.title}, {subject.replace('_', ' ')}" if subject else recipe.title,
@@ -96,9 +96,9 @@ def load(task: str) -> list[Item]:
     recipe, subject = _recipe(task)
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra(f"the task {task}", "tasks", "datasets")
-    local = _local(recipe.name)
+    local = local_folder(recipe.name)
     if local is not None:
-        items = _items(recipe, _file_rows(recipe, local), str(local))
+        items = _items(recipe, file_rows(recipe, local), str(local))
         items = [item for item in items if not subject or item.kind == subject]
         if not items:
             raise UsageError(f"{local} holds no question of {task}")
@@ -106,7 +106,7 @@ def load(task: str) -> list[Item]:
     wanted = (subject,) if subject else recipe.configs or ("",)
     unreached = _reached(recipe)
     try:
-        with _from_cache_only() if unreached else contextlib.nullcontext():
+        with from_cache_only() if unreached else contextlib.nullcontext():
             rows = {config: _hub_rows(recipe, config) for config in wanted}
     except Exception as error:  # datasets, httpx, fsspec and pyarrow each have their own
         raise _told(recipe, unreached or error) from None
@@ -170,7 +170,7 @@ def _items(recipe: Recipe, rows: Sequence[Mapping[str, Any]], source: str, confi
     return items
 
 
-def _local(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The file or folder that stands in for a set; None: it comes from the Hub."""
     folder = os.environ.get(LOCAL_VARIABLE, "").strip()
     if not folder:
@@ -181,11 +181,12 @@ def _local(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _file_rows(recipe: Recipe, path: Path) -> Sequence[Mapping[str, Any]]:
+def file_rows(recipe: Recipe, path: Path) -> Sequence[Mapping[str, Any]]:
+    """The rows of a set that lies in a file or folder. Raises UsageError where it cannot be read as that set."""
     import datasets
 
     try:
-        with _quiet():
+        with quietly():
             if path.is_dir():
                 saved: Any = datasets.load_from_disk(str(path))
             else:
@@ -207,7 +208,7 @@ def _file_rows(recipe: Recipe, path: Path) -> Sequence[Mapping[str, Any]]:
 def _hub_rows(recipe: Recipe, config: str) -> Sequence[Mapping[str, Any]]:
     import datasets
 
-    with _quiet():
+    with quietly():
         rows = datasets.load_dataset(recipe.hub_id, config or None, split=recipe.split, revision=recipe.revision)
     # Without the Hub the library takes the newest commit that it holds, whichever was asked for.
     if any(recipe.revision not in Path(one["filename"]).parts for one in rows.cache_files):
@@ -227,7 +228,7 @@ def _reached(recipe: Recipe) -> Exception | None:
 
 
 @contextlib.contextmanager
-def _from_cache_only() -> Iterator[None]:
+def from_cache_only() -> Iterator[None]:
     """What was loaded once is loaded again without the Hub."""
     import datasets
     import huggingface_hub
@@ -266,7 +267,7 @@ def _told(recipe: Recipe, error: Exception) -> RunError | UsageError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No bars of the library for what takes seconds."""
     import datasets
 

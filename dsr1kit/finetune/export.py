@@ -24,7 +24,6 @@ from dsr1kit.errors import MissingExtra, ModelError, RunError, UnknownName, Usag
 from dsr1kit.finetune.base import disk_told
 from dsr1kit.finetune.gain import Change, Gain
 from dsr1kit.finetune.modelcard import (
-    WEIGHTS,
     base_of,
     modelfile,
     read_adapter,
@@ -33,6 +32,7 @@ from dsr1kit.finetune.modelcard import (
     write,
     write_card,
 )
+from dsr1kit.local.adapters import WEIGHTS
 from dsr1kit.local.engine_checks import cause_in, check_weights_of
 from dsr1kit.local.engine_commands import read_json
 from dsr1kit.local.hardware import SMALL, Choice
@@ -287,19 +287,23 @@ def _own_dtype(source: str) -> str:
 
 
 def _put(model: Any, tokenizer: Any, noted: dict[str, Any], out: Path) -> None:
-    part = out.with_name(f"{out.name}.part")
+    part, earlier = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.earlier")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         model.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
         (part / MERGED).write_text(json.dumps(noted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
+        if out.exists():  # a whole model stands at `out` or beside it at every moment
+            shutil.rmtree(earlier, ignore_errors=True)
+            out.replace(earlier)
         part.replace(out)
+        shutil.rmtree(earlier, ignore_errors=True)
     except Exception as error:
         full = disk_told(error)
         shutil.rmtree(part, ignore_errors=True)
+        if earlier.exists() and not out.exists():
+            earlier.replace(out)
         if full is None:
             raise
         raise RunError(

@@ -100,7 +100,7 @@ def usual_learning_rate(model: str) -> float:
         small = find_shape(locate(model)[0]).parameters < SMALL
     except Dsr1kitError:  # not known to the planner, or not fetched yet
         small = False
-    return 2e-3 if small else 1e-5
+    return 1e-3 if small else 1e-5
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsr1kit.errors import Dsr1kitError, ModelError, RunError
 from dsr1kit.local import engine_commands as commands
+from dsr1kit.local.adapters import adapter_config
 from dsr1kit.local.engine_checks import check_adapter
 from dsr1kit.local.engine_commands import chat_template, read_json
 from dsr1kit.local.folder import read_manifest
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from dsr1kit.compare.stats import Interval, PairedDifference
     from dsr1kit.finetune.gain import Change, Gain
 
-WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
 _PORT = 8000
 _PACKAGES = ("dsr1kit", "python", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
@@ -97,14 +97,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         ModelError: none there, damaged, a pickle, or not a LoRA.
     """
     check_adapter(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter_config.json: name the folder that PEFT's save_pretrained wrote")
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(
-            f"{folder} needs {WEIGHTS}; adapter_model.bin is a pickle and never loaded: save it again with a PEFT of "
-            "today where you trust it"
-        )
-    config = read_json(folder / "adapter_config.json")
+    config = adapter_config(folder)
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"{folder} holds {config.get('peft_type') or 'no known adapter'}, not a LoRA: PEFT merges others"
@@ -359,6 +352,8 @@ def _training(kind: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) 
         over = f" over {result['rows']:,} rows" if result.get("rows") else ""
         left = f" ({result['left_out']:,} longer ones left out)" if result.get("left_out") else ""
         said.append(f"{result['steps']:,} steps{over}{left}.")
+    if sources := (result.get("facts") or {}).get("sources"):
+        said.append(f"Data: {', '.join(f'{number:,} of {_plain(name)}' for name, number in sources.items())}.")
     said.append(f"Digest of the data: `{facts['identity'].get('data', '')}`.")
     curve = result.get("curve") or {}
     for key, caption in (("losses", "Loss in nats a token"), ("right", "Share of right completions")):

@@ -162,7 +162,8 @@ def preset(model: str, shape: Shape | None, hardware: Hardware, *, max_length: i
         take("batch_size", 32 if tiny else 8, "so many rows keep the cores busy; rows of like length share a batch")
         take("accumulation", 1, "the batch fits whole")
         take("rank", 32 if tiny else 16, "a small model needs a large share of its width" if tiny else "as usual")
-        take("learning_rate", 3e-3 if tiny else 1e-3,
+        small = shape is not None and shape.parameters < 500_000_000
+        take("learning_rate", 3e-3 if tiny else 2e-3 if small else 1e-3,
              "small models bear large steps; three times larger unlearns the rest" if tiny else
              "few steps in few minutes: above the usual 2e-4")  # fmt: skip
         take("max_length", length, "rows of such data are short; longer ones are left out and told")

@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ from dsr1kit.local.load import LoadedModel, quiet
 
 __all__ = ["Trained", "train_sft"]
 
+#: Line, row and turn behind the name of a source.
+_WHERE = re.compile(r",? (?:line|row|turn) [\d,]*\d\b")
+
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -42,7 +47,7 @@ class Trained:
         tokens: that were read in this start, padding left out; of them `counted` in the loss.
         resumed_at: the step after which this start went on; 0: from the beginning.
         gradients: of the self-check; None where the weights were not quantized.
-        facts: dtype, quantization and why, device, parameters trained.
+        facts: dtype, quantization and why, device, parameters trained; `sources`: examples by where they came from.
     """
 
     adapter: Path
@@ -100,7 +105,7 @@ def train_sft(
         loaded = open_base(settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device)
         rows, left_out = _rows(loaded, settings, data, tell)
         model = put_adapter(loaded, settings.adapter, settings.seed)
-        facts = facts_of(loaded, model)
+        facts = facts_of(loaded, model) | {"sources": sources_of(examples)}
         with shortage_told(**_for_advice(settings)):
             gradients = None
             if loaded.quantization != "none":
@@ -254,6 +259,11 @@ def facts_of(loaded: LoadedModel, model: Any) -> dict[str, Any]:
         "parameters": loaded.parameters,
         "trained_parameters": trained,
     }
+
+
+def sources_of(examples: Sequence[Example]) -> dict[str, int]:
+    """How many examples came from each file, set, generator or teacher; their lines and rows left out."""
+    return dict(Counter(_WHERE.sub("", one.source) or "unknown" for one in examples))
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from dsr1kit.compare.task_sets import LOCAL_VARIABLE, Recipe, _file_rows, _from_cache_only, _local, _quiet
+from dsr1kit.compare.task_sets import LOCAL_VARIABLE, Recipe, file_rows, from_cache_only, local_folder, quietly
 from dsr1kit.errors import Dsr1kitError, MissingExtra, RunError, UnknownName, UsageError
 from dsr1kit.finetune.data import Example, example
 from dsr1kit.finetune.forms import read_row, split
@@ -97,11 +97,11 @@ def load(name: str, limit: int | None = None) -> list[Example]:
         raise UsageError(f"set:{name} must give at least one example")
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra(f"the set {name}", "finetune", "datasets")
-    local = _local(wanted.name)
+    local = local_folder(wanted.name)
     found: list[Example] = []
     rows: Iterable[Mapping[str, Any]]
     if local is not None:
-        rows, place = _file_rows(cast(Recipe, wanted), local), str(local)  # of which it asks name, split and hub_id
+        rows, place = file_rows(cast(Recipe, wanted), local), str(local)  # of which it asks name, split and hub_id
     else:
         rows, place = _from_hub(wanted, limit)
     try:
@@ -209,10 +209,10 @@ def _from_hub(wanted: TrainSet, limit: int | None) -> tuple[Iterable[Mapping[str
     place = f"{wanted.hub_id}@{revision[:12]}" if revision else wanted.hub_id
     given: dict[str, Any] = {"split": wanted.split, "revision": revision or None}
     try:
-        with _quiet():
+        with quietly():
             if limit is not None and unreached is None:
                 return datasets.load_dataset(wanted.hub_id, wanted.config or None, streaming=True, **given), place
-            with _from_cache_only() if unreached else contextlib.nullcontext():
+            with from_cache_only() if unreached else contextlib.nullcontext():
                 rows = datasets.load_dataset(wanted.hub_id, wanted.config or None, **given)
         if unreached and wanted.revision and not _of_commit(rows, wanted.revision):
             raise RunError(f"the commit {wanted.revision} of it is not cached, only another")

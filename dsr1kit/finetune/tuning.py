@@ -76,9 +76,11 @@ class Measure:
 
 def suited(model: str, *, max_length: int | None = None) -> Preset:
     """The preset for a model on this machine. Raises as `settings.preset`."""
+    from dsr1kit.local.gguf import dequantized
+
     place, gguf = locate(model)
-    try:
-        shape = None if gguf else find_shape(place)
+    try:  # a GGUF file is trained on as the folder that it is converted to
+        shape = find_shape(str(dequantized(Path(place) / gguf)) if gguf else place)
     except Dsr1kitError:  # of an architecture that the planner does not know, or not fetched yet
         shape = None
     return preset(model, shape, look(), max_length=max_length)

@@ -1,7 +1,7 @@
 """Problems that the kit generates and works out itself, as training examples: `worked:TASK`.
 
-The kinds of `arithmetic`, from the side that evaluation never asks; and reasoning-gym's chain_sum with a trace in
-tens and ones. Knows nothing about tokenizers or training.
+The kinds of `arithmetic`, from the side that evaluation never asks; and reasoning-gym's chain_sum with a trace that
+goes place by place. Knows nothing about tokenizers or training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ USUAL = 2_000
 CHAIN_SUM = f"{gym.PREFIX}chain_sum"
 _PATIENCE = 20_000  # draws without a new problem after which there are no more
 _APART = 1_000_003  # a generator's questions hang on the seed: those trained on are not those asked to measure
+_PLACES = ("ones", "tens", "hundreds", "thousands")
 _CHAIN = re.compile(r"-?\d+(?: [+-] -?\d+)+")
 
 
@@ -75,13 +76,13 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
 
 
 def chain_sums(task: str, n: int, seed: int) -> list[Example]:
-    """`n` questions of reasoning-gym's chain_sum, worked out from left to right in tens and ones."""
+    """`n` questions of reasoning-gym's chain_sum, worked out place by place."""
     found = []
     for item in gym.load(task, n, seed + _APART):
         chain = _CHAIN.search(item.prompt)
         if chain is None:
             raise UsageError(f"reasoning-gym's chain_sum has other words than those known: {item.prompt[:80]!r}")
-        trace, value = tens_and_ones(chain.group())
+        trace, value = place_by_place(chain.group())
         found.append(
             example(
                 item.prompt,
@@ -96,24 +97,29 @@ def chain_sums(task: str, n: int, seed: int) -> list[Example]:
     return found
 
 
-def tens_and_ones(chain: str) -> tuple[str, int]:
-    """A trace for sums and differences such as `64 + 25 - 3`, every line true, and the value.
+def place_by_place(chain: str) -> tuple[str, int]:
+    """A trace for sums and differences such as `64 + 25 - 3`, every step true, and the value.
 
-    Each step takes the number away in its decimal parts, the largest first, which a small model learns sooner than
-    a running total alone.
+    Each decimal place is worked out by itself, the highest first, and the places are put together at the end. A small
+    model knows sums of one digit, and loses its way in running totals of two, below zero most of all.
     """
     first, *rest = chain.split()
-    total, lines = int(first), []
-    for sign, text in zip(rest[::2], rest[1::2], strict=True):
-        less = "-" if text.startswith("-") else ""
-        for part in _parts(abs(int(text))):
-            step = part if (sign == "+") == (not less) else -part
-            lines.append(f"{total} {sign} {less}{part} = {total + step}")
-            total += step
+    signs, numbers = ["+", *rest[::2]], [int(first), *map(int, rest[1::2])]
+    signs = [sign if number >= 0 else "+-"[sign == "+"] for sign, number in zip(signs, numbers, strict=True)]
+    places = len(str(max(map(abs, numbers))))
+    lines, total = [], 0
+    for place in range(places - 1, -1, -1):
+        value, steps = 0, []
+        for sign, number in zip(signs, numbers, strict=True):
+            digit = abs(number) // 10**place % 10
+            made = value + digit if sign == "+" else value - digit
+            steps.append(f"{value} {sign} {digit} = {made}")
+            value = made
+        name = _PLACES[place] if place < len(_PLACES) else f"10^{place}"
+        said = ", ".join(steps[1:]) or str(value)
+        lines.append(said if places == 1 else f"{name}: {said}")
+        if place < places - 1:
+            more = value * 10**place
+            lines.append(f"{total} {'-' if more < 0 else '+'} {abs(more)} = {total + more}")
+        total += value * 10**place
     return "\n".join(lines), total
-
-
-def _parts(number: int) -> list[int]:
-    digits = str(number)
-    parts = [int(digit) * 10 ** (len(digits) - 1 - at) for at, digit in enumerate(digits)]
-    return [part for part in parts if part] or [0]

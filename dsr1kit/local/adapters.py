@@ -16,7 +16,7 @@ from dsr1kit.local.load import quiet
 if TYPE_CHECKING:
     from dsr1kit.local.load import LoadedModel
 
-
+WEIGHTS = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -54,7 +54,7 @@ class Adapters:
         """
         if importlib.util.find_spec("peft") is None:
             raise MissingExtra("an adapter", "local", "peft")
-        base = _check(path)
+        base = str(adapter_config(path).get("base_model_name_or_path") or "")
         if name in self.names:
             raise ModelError(f"there is an adapter {name!r} already; give this one another name")
         inner = f"adapter_{self._loads}_"
@@ -122,18 +122,22 @@ def _of(key: str, scaled: set[str]) -> bool:
     return bool(sign) and name in scaled
 
 
-def _check(path: Path) -> str:
-    """The base model that the adapter names; raises ModelError where the folder holds no safe adapter."""
-    config = path / "adapter_config.json"
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter whose weights may be loaded.
+
+    Raises:
+        ModelError: there is none, or it is damaged, or its weights are a pickle.
+    """
+    config = folder / "adapter_config.json"
     if not config.is_file():
-        raise ModelError(f"{path} holds no adapter_config.json: name the folder that PEFT's save_pretrained wrote")
-    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} holds no adapter_config.json: name the folder that PEFT's save_pretrained wrote")
+    if not (folder / WEIGHTS).is_file():
         raise ModelError(
-            f"{path} needs adapter_model.safetensors; adapter_model.bin is a pickle and never loaded: save it again "
-            "with a PEFT of today where you trust it"
+            f"{folder} needs {WEIGHTS}; adapter_model.bin is a pickle and never loaded: save it again with a PEFT of "
+            "today where you trust it"
         )
     try:
         settings: Any = json.loads(config.read_text(encoding="utf-8"))
-        return str(settings.get("base_model_name_or_path") or "")
+        return dict(settings.items())
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{config} cannot be read: {error}") from error
