@@ -213,6 +213,27 @@ def test_an_adapter_for_another_model_is_refused_and_the_model_is_as_before(how,
     run(scenario)
 
 
+def test_an_adapter_of_other_weights_of_the_same_shape_is_refused_and_a_copy_of_its_own_is_not(adapters, tmp_path):
+    on_merged = tmp_path / "later"
+    shutil.copytree(adapters["model"], on_merged)
+    config = json.loads((on_merged / "adapter_config.json").read_text())
+    merged = adapters["model"].parent / "model-merged"
+    (on_merged / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(merged)}))
+    copy_of_base = shutil.copytree(data_dir() / "tiny-r1", tmp_path / "copy")
+
+    async def scenario(model):
+        with pytest.raises(ModelError, match=r"was trained on .*model-merged, not on tiny-r1"):
+            await model.load_adapter(on_merged)
+        assert model.adapter is None
+
+    run(scenario)
+
+    async def own(model):
+        assert await model.load_adapter(adapters["model"]) == "model"
+
+    run(own, str(copy_of_base))
+
+
 def test_a_model_does_not_open_with_a_wrong_adapter(tmp_path):
     wrong = lora(tmp_path / "wider", 3, hidden_size=256)
     with pytest.raises(ModelError, match="does not go with"):

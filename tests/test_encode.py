@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsr1kit.errors import UsageError
 from dsr1kit.finetune.data import Example, example
-from dsr1kit.finetune.encode import IGNORED, Encoded, encode, encode_all
+from dsr1kit.finetune.encode import IGNORED, Encoded, encode, encode_all, whole_conversations
 from dsr1kit.finetune.lint import lint, lint_template
 from dsr1kit.local.prompts import prompt_of
 from dsr1kit.local.rows import Marks, marks_of
@@ -118,7 +119,7 @@ def test_with_loss_assistant_a_conversation_is_one_row(tiny: tuple[Any, Marks]) 
     tokenizer, marks = tiny
     first = example("What is 48 + 27?", "48+27=75", "It is 75.")
     other = example("What is 1 + 1?", "1+1=2", "2")
-    rows = encode_all(tokenizer, marks, [first, LATER, other], "assistant")
+    rows = encode_all(tokenizer, marks, whole_conversations([first, LATER, other]), "assistant")
     assert rows == [encode(tokenizer, marks, one, "assistant") for one in (LATER, other)]
     assert len(encode_all(tokenizer, marks, [first, LATER, other], "completion")) == 3
 
@@ -162,7 +163,8 @@ def test_reasoning_and_answer_come_back_whole_from_the_ids(
     tokenizer, marks = tiny
     one = example(question, reasoning, answer)
     row = encode(tokenizer, marks, one)
-    assert counted(tokenizer, row) == f"{one.reasoning}\n</think>\n\n{one.answer}{tokenizer.eos_token}"
+    text = f"{one.reasoning}\n</think>\n\n{one.answer}{tokenizer.eos_token}"
+    assert counted(tokenizer, row) == unicodedata.normalize("NFC", text), "as the tokenizer writes it"
     assert len(row.labels) == len(row.input_ids)
     assert all(label in (IGNORED, token) for label, token in zip(row.labels, row.input_ids, strict=True))
 

@@ -139,6 +139,7 @@ def test_grpo_takes_steps_and_tells_its_alarms(tmp_path: Path) -> None:
         (("sft", "--data", "worked:arithmetic:8", "--out", "r", "--learning-rate", "3"), "usual for LoRA"),
         (("sft", "--data", "worked:arithmetic:8", "--out", "r", "--method", "prefix"), "lora"),
         (("grpo", "--task", "gsm8k", "--out", "r"), "--measured"),
+        (("grpo", "--task", "gsm8k", "--measured", "gsm8k", "--out", "r"), "another one than gsm8k"),
         (("grpo", "--task", "practice:sum9", "--out", "r"), "sum9"),
         (("collect", "--teacher", "absent", "--task", "practice", "--out", "r"), "absent"),
         (("export", "absent", "--out", "r"), "absent"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsr1kit import Sampling
+from dsr1kit.compare.tasks import load_task
+from dsr1kit.finetune.checks import check
 from dsr1kit.finetune.data import load_examples
 from dsr1kit.finetune.gain import GainSettings, measure_gain
 from dsr1kit.finetune.settings import settings_for
@@ -25,8 +27,10 @@ STEPS = 48
 
 def test_chain_sum_rises_from_below_35_to_above_55_percent(smollm2: Path, tmp_path: Path) -> None:
     settings = settings_for(str(smollm2), suited(str(smollm2)), steps=STEPS, instructed=1.0, save_every=0)
-    examples = load_examples([f"worked:{TASK}:{STEPS * settings.batch_size}"])
-    trained = train_sft(settings, examples, tmp_path / "run")
+    held_out = load_task(TASK, 200)
+    examples = load_examples([f"worked:{TASK}:{2 * STEPS * settings.batch_size}"])
+    checked = asyncio.run(check(examples, evaluation=held_out))
+    trained = train_sft(settings, checked.kept[: STEPS * settings.batch_size], tmp_path / "run")
     asked = GainSettings(
         model=str(smollm2),
         adapters={"tuned": trained.adapter},
@@ -35,7 +39,7 @@ def test_chain_sum_rises_from_below_35_to_above_55_percent(smollm2: Path, tmp_pa
         sampling=Sampling(0.0, max_tokens=200),
         batch_size=32,
     )
-    gain = asyncio.run(measure_gain(asked, tmp_path / "gain"))
+    gain = asyncio.run(measure_gain(asked, tmp_path / "gain", asked={TASK: held_out}))
     print(f"{trained.tokens:,} tokens in {trained.trained_s:.0f} s", *gain.verdict(), sep="\n")
     (change,) = gain.changes
     assert change.before.high < 0.35

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,29 @@ def test_a_killed_run_asks_what_is_missing_and_comes_to_the_same(
 def test_a_folder_of_another_run_is_refused(run: tuple[Gain, list[tuple[str, int, int]]], noisy: Path) -> None:
     with pytest.raises(UsageError, match=r"seed"):
         measured(asked(noisy, seed=1), run[0].folder)
+
+
+def test_a_folder_measured_with_other_weights_of_that_adapter_is_refused_wherever_they_lie(
+    noisy: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(noisy, tmp_path / "copy")
+    first = measured(asked(copied, items=2, others=()), tmp_path / "run")
+    moved = copied.rename(tmp_path / "moved")
+    assert measured(asked(moved, items=2, others=()), tmp_path / "run").changes == first.changes
+    weights = moved / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UsageError, match="adapters"):
+        measured(asked(moved, items=2, others=()), tmp_path / "run")
+
+
+def test_two_questions_of_one_name_in_two_tasks_are_both_asked(noisy: Path, tmp_path: Path) -> None:
+    by_task = {
+        "one": [Item("1", "What is 20 + 22?", "42", "", "en")],
+        "two": [Item("1", "What is 20 + 23?", "43", "", "en"), Item("2", "What is 20 + 24?", "44", "", "en")],
+    }
+    gain = measured(asked(noisy, task="one", others=("two",)), tmp_path, asked=by_task)
+    assert [(one.task, one.difference.items) for one in gain.changes] == [("one", 1), ("two", 2)]
+    assert {line["question"] for line in lines(tmp_path)} == {i.prompt for items in by_task.values() for i in items}
 
 
 def test_answers_that_the_limit_cuts_are_counted_apart(noisy: Path, tmp_path: Path) -> None:

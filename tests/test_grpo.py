@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
+from dsr1kit.commands.finetune import commands
 from dsr1kit.compare.items import Item
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.finetune import checkpoints
-from dsr1kit.finetune.grpo import GrpoSettings, Reinforced, RewardCurve, train_grpo, usual_learning_rate
+from dsr1kit.finetune.grpo import (
+    GrpoSettings,
+    Reinforced,
+    RewardCurve,
+    _advice,
+    apart_from,
+    train_grpo,
+    usual_learning_rate,
+)
 from dsr1kit.finetune.rewards import Rewards
 from dsr1kit.finetune.settings import AdapterSettings
 from dsr1kit.finetune.tuning import tokenizer_and_marks
@@ -272,11 +284,46 @@ def test_rewards_are_the_scorers_and_a_gold_that_cannot_be_read_is_worth_nothing
     assert 3 / 5 - 0.5 * 3 / 5 < brief.curve.reward[0] < 3 / 5, "right answers alone pay for their length"
 
 
+def test_what_the_limit_cuts_earns_nothing_though_its_box_is_closed(tmp_path: Path) -> None:
+    items = [Item("right", "51 + 122 = ?", "173", "", "en")]
+    calm = {"temperature": 0.05, "prompts": 1, "generations": 2, "steps": 1}
+    whole = train_grpo(asked(**calm, max_tokens=200), tmp_path / "whole", items=items)
+    length = round(whole.curve.tokens[0])
+    found = train_grpo(asked(**calm, max_tokens=length - 1), tmp_path / "cut", items=items)
+    assert (whole.curve.right, found.curve.right) == ((1.0,), (0.0,))
+    assert found.curve.reward == (0.0,)
+    assert found.curve.clipped == (1.0,)
+
+
+def test_questions_that_are_asked_to_measure_are_left_out_whatever_stands_behind_them() -> None:
+    items = [Item(f"q{at}", f"{at} + 1 = ?\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+                  str(at + 1), "", "en") for at in range(6)]  # fmt: skip
+    evaluation = [Item("other", "3 + 1 = ?", "4", "", "en"), Item("minus", "4 - 1 = ?", "3", "", "en")]
+    assert [item.id for item in apart_from(items, evaluation)] == ["q0", "q1", "q2", "q4", "q5"]
+
+
+def test_advice_where_memory_ran_out_names_options_of_the_command() -> None:
+    options = {name for p in typer.main.get_command(commands).commands["grpo"].params for name in p.opts}  # type: ignore[attr-defined]  # a group
+    said = _advice(asked(prompts=8, generations=8, max_tokens=1024))
+    assert said.startswith("Change, in this order: 1. --batch-size 8")
+    assert set(re.findall(r"--[a-z-]+", said)) - {"--for"} <= options
+    assert len(re.findall(r"--[a-z-]+", said)) >= 5
+
+
 def test_golds_that_nobody_can_read_give_no_reward_and_no_crash(tmp_path: Path) -> None:
     items = sure([f"{at} + 122 = ?" for at in range(51, 55)], "who knows")
     said: list[str] = []
     wanted = asked(steps=2, generations=2, rewards=Rewards(form=0.0), patience=3)
-    found = train_grpo(wanted, tmp_path, items=items, on_text=said.append)
+    steps: list[tuple[int, float]] = []
+    found = train_grpo(
+        wanted,
+        tmp_path,
+        items=items,
+        on_text=said.append,
+        on_step=lambda step, _, right, __: steps.append((step, right)),
+    )
+    assert [step for step, _ in steps] == [1, 2]
+    assert all(math.isnan(right) for _, right in steps)
     assert found.curve.reward == (0.0, 0.0)
     assert found.curve.spread == (0.0, 0.0)
     assert strict(tmp_path / "run.json")["result"]["steps"] == 2

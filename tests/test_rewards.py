@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsr1kit.commands.finetune import commands
 from dsr1kit.errors import UsageError
 from dsr1kit.finetune.alarms import COLAB_HOURS, WINDOW, Alarm, Watch, too_long
-from dsr1kit.finetune.rewards import Rewards, answer_of, form_of, length_of
+from dsr1kit.finetune.rewards import Rewards, answer_of, cut_off, form_of, length_of
 
 # --- the reply's parts ---------------------------------------------------------------------------------------------
 
@@ -58,6 +58,13 @@ def test_brevity_pays_right_answers_alone_and_costs_one_at_the_limit(tokens: int
     assert length_of(0, limit, 1.0) == 0
     assert length_of(limit, limit, 1.0) == length_of(limit + more, limit, 1.0) == -1
     assert length_of(tokens, limit, 0.0) == length_of(tokens, limit, None) == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "cut"), [([5, 6, 7], True), ([5, 6, 1], False), ([5, 1], False), ([], False), ([5, 6], False)]
+)
+def test_a_completion_is_cut_where_it_is_as_long_as_the_limit_and_did_not_end(ids: list[int], cut: bool) -> None:
+    assert cut_off(ids, 3, {1}) is cut
 
 
 def test_half_the_limit_costs_half() -> None:

@@ -206,7 +206,7 @@ def test_an_adapter_out_of_sense_is_refused_with_what_is_usual(changed: dict[str
         ("t4", "DeepSeek-R1-Distill-Qwen-7B", "t4", {"method": "qlora", "dtype": "float16", "checkpointing": True}),
         ("l4", "DeepSeek-R1-Distill-Qwen-7B", "24gb", {"method": "lora", "dtype": "bfloat16"}),
         ("rtx4090", "DeepSeek-R1-Distill-Qwen-14B", "24gb", {"method": "qlora", "dtype": "bfloat16"}),
-        ("a100-80gb", "DeepSeek-R1-Distill-Qwen-7B", "80gb", {"method": "lora", "dtype": "bfloat16", "batch_size": 8}),
+        ("a100-80gb", "DeepSeek-R1-Distill-Qwen-7B", "80gb", {"method": "lora", "dtype": "bfloat16", "batch_size": 4}),
         ("h100", "DeepSeek-R1-Distill-Llama-70B", "80gb", {"method": "qlora", "checkpointing": True}),
     ],
 )

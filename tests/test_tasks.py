@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,3 +222,11 @@ def test_a_generator_that_does_not_exist_is_told_with_the_nearest() -> None:
         load_task("reasoning-gym:", 1)
     with pytest.raises(UsageError, match=r"made \d+ different questions with seed 0, not 5,000"):
         load_task("reasoning-gym:coin_flip", 5000)
+
+
+def test_what_is_practised_never_shows_a_step_that_is_asked_to_measure() -> None:
+    asked = load_task("practice:sum4", 600)
+    for item in asked:
+        operands = [int(number) for number in re.findall(r"\d+", item.prompt.replace("\\boxed{}", ""))]
+        assert len(operands) == 4
+        assert all(arithmetic.side_of(*step) == "train" for step in arithmetic.chained(operands))

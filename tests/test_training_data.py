@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from dsr1kit.compare import arithmetic
 from dsr1kit.compare.arithmetic import KINDS, TAUGHT, false_statements
 from dsr1kit.compare.items import Item, with_instruction
+from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.finetune.checks import NGRAM, REASONS, Checked, check
 from dsr1kit.finetune.data import Example, as_row, example, instructed, load_examples, read_file, write_file
-from dsr1kit.finetune.worked import place_by_place
+from dsr1kit.finetune.worked import in_tens_and_ones
 
 GOOD = '{"question": "1 + 1 = ?", "reasoning": "1+1=2", "answer": "It is \\\\boxed{2}."}\n'
 TAGGED = "<think>\n1+1=2\n</think>\n\nIt is 2."
@@ -297,18 +298,17 @@ def test_worked_problems_that_there_are_not_are_refused(name: str, error: type[U
 
 
 @settings(max_examples=100, deadline=None)
-@given(numbers=st.lists(st.integers(0, 999), min_size=1, max_size=6), data=st.data())
+@given(numbers=st.lists(st.integers(0, 999), min_size=2, max_size=6), data=st.data())
 def test_a_chain_is_worked_out_in_true_lines(numbers: list[int], data: st.DataObject) -> None:
     signs = [data.draw(st.sampled_from("+-")) for _ in numbers[1:]]
     chain = str(numbers[0]) + "".join(f" {sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
-    trace, value = place_by_place(chain)
+    trace, value = in_tens_and_ones(chain)
     assert value == eval(chain)  # noqa: S307 - digits and signs of our own
-    steps = re.findall(r"(-?\d+ [+-] \d+) = (-?\d+)", trace)
-    assert all(eval(left) == int(result) for left, result in steps)  # noqa: S307
-    assert len(steps) == trace.count("=")
+    below_zero = [line for line in trace.splitlines() if "-" in line.replace(" - ", " ")]
+    assert below_zero == ([trace.splitlines()[-1]] if value < 0 else [])
+    for line in trace.splitlines():
+        assert eval(line.replace(" = ", " == "))  # noqa: S307
     assert int(re.findall(r"-?\d+", trace)[-1]) == value
-    places = len(str(max(numbers)))
-    assert trace.count(":") == (places if places > 1 else 0)
 
 
 def test_chain_sums_have_true_traces_and_are_none_that_are_asked() -> None:
@@ -319,9 +319,7 @@ def test_chain_sums_have_true_traces_and_are_none_that_are_asked() -> None:
     found = load_examples([f"worked:{name}:40"])
     assert len(found) == 40
     for one in found:
-        steps = re.findall(r"(-?\d+ [+-] \d+) = (-?\d+)", one.reasoning)
-        assert steps
-        assert all(eval(left) == int(right) for left, right in steps)  # noqa: S307
+        assert all(eval(line.replace(" = ", " == ")) for line in one.reasoning.splitlines())  # noqa: S307
         assert f"\\boxed{{{one.gold}}}" in one.answer
     asked = {item.prompt for item in gym.load(name, 40, 0)}
     assert len(asked & {one.question for one in found}) <= 1
@@ -333,9 +331,11 @@ def test_the_instruction_is_put_behind_the_share_that_is_asked_for() -> None:
     count = sum("\\boxed" in one.question for one in some)
     assert 70 < count < 130
     assert instructed(found, 0.5) == some
-    assert [one.question for one in instructed(found, 1.0)] == [
-        with_instruction(one.question, "number", one.language) for one in found
-    ]
+    whole = {one.question for one in instructed(found, 1.0)}
+    assert whole == {with_instruction(one.question, "number", one.language, " ") for one in found}
+    assert whole & {item.prompt for item in load_task("practice:sum2", 2000)}, "as the task asks it"
+    (own,) = instructed([example("1 + 1 = ?", "1+1=2", "\\boxed{2}")], 1.0)
+    assert own.question == with_instruction("1 + 1 = ?", "number", "en")
     assert instructed(found, 0.0) == found
     with pytest.raises(UsageError, match="share of instructed questions must be from 0 to 1, not 2"):
         instructed(found, 2)
@@ -437,7 +437,9 @@ def test_golds_that_are_missing_are_counted_and_lengths_are_told() -> None:
 
 def test_nothing_that_is_left_is_refused_with_what_was_wrong() -> None:
     bad = [example("Q?", "", "4"), example("P?", "", "4"), example("Q?", "R", "")]
-    with pytest.raises(UsageError, match="no usable example is left of 3: 1 empty answer, 2 empty trace; dsr1kit "):
+    with pytest.raises(
+        UsageError, match=r"no usable example is left of 3: 1 empty answer, 2 empty trace\. 1 dropped, "
+    ):
         looked_at(bad)
     with pytest.raises(UsageError, match="no usable example is left of 0: there were none"):
         looked_at([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def test_examples_without_a_gold_are_trained_on_and_never_asked(tmp_path: Path) 
 @pytest.mark.parametrize("golds", [0, 1, 9])
 def test_too_few_golds_to_hold_some_out_are_refused_with_both_ways_out(golds: int, tmp_path: Path) -> None:
     examples = [*own(golds), *own(golds), example("Why?", "since", "because")]
-    with pytest.raises(UsageError, match=rf"^{golds} questions have a gold.*add a gold to the data, or .*\(--task\)"):
+    with pytest.raises(
+        UsageError, match=rf"^{golds} questions have a gold.*add a gold to the data, .*\(--task\).*\(--no-evaluate\)"
+    ):
         hold_out(examples, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +107,6 @@ def test_too_few_golds_to_hold_some_out_are_refused_with_both_ways_out(golds: in
         (["worked:arithmetic:sum4:24"], "", "arithmetic:sum4"),
         (["worked:arithmetic:remainder7"], "", "arithmetic:remainder7"),
         (["worked:arithmetic:24"], "", "arithmetic"),
-        (["FILE", "worked:arithmetic:sum4:24", "worked:arithmetic:sum2:24"], "", "arithmetic:sum4"),
         (["worked:arithmetic:sum4:24"], "arithmetic:sum3", "arithmetic:sum3"),
         (["FILE"], "arithmetic:sum3", "arithmetic:sum3"),
     ],
@@ -124,6 +126,35 @@ def test_measured_is_the_task_named_or_else_that_of_the_first_worked_data(
     assert [item.id for item in looked.asked[task]] == [item.id for item in load_task(task, 3)]
     assert looked.lint.sound
     assert not (tmp_path / "run").exists()
+
+
+def test_of_ones_own_data_a_part_is_held_out_and_none_of_what_goes_with_it(tmp_path: Path) -> None:
+    turns = example("And then?", "one more", "\\boxed{3}", gold="3")
+    turns = replace(turns, messages=({"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"},
+                                     *turns.messages))  # fmt: skip
+    file = write_file([*own(30), turns], tmp_path / "mine.jsonl")
+    looked = look([str(file), "worked:arithmetic:sum2:40"], tmp_path / "run", Measure(items=300))
+    assert looked.task == f"file:{tmp_path / 'run' / 'held_out.jsonl'}"
+    assert {item.prompt.partition("\n")[0] for item in looked.asked[looked.task]} <= {one.question for one in own(30)}
+    assert sum(one.source.startswith("worked:") for one in looked.checked.kept) == 40
+
+
+def test_where_nothing_is_to_be_measured_nothing_is_held_out_and_no_gold_is_needed(tmp_path: Path) -> None:
+    file = write_file([example("Why?", "since", "because"), example("How?", "so", "thus")], tmp_path / "mine.jsonl")
+    looked = look([str(file)], tmp_path / "run", Measure(wanted=False))
+    assert (looked.task, looked.asked, len(looked.checked.kept)) == ("", {}, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples_without_a_trace_are_kept_where_that_is_wanted(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "Why?", "answer": "because"}\n')
+    with pytest.raises(UsageError, match=r"1 dropped, empty trace: .*mine.jsonl, line 1"):
+        look([str(file)], tmp_path / "run", Measure(wanted=False))
+    looked = asyncio.run(
+        look_at(settings(), [str(file)], tmp_path / "run", Measure(wanted=False), needs_reasoning=False)
+    )
+    assert len(looked.checked.kept) == 1
 
 
 def test_data_of_ones_own_is_measured_on_the_part_that_is_held_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,10 @@ Out = Annotated[Path, typer.Option(help="The run's folder; the same command agai
 Task = Annotated[str, typer.Option(help="What is measured; default: the worked data's, or a part held out of it.")]
 Others = Annotated[str, typer.Option(help="Tasks that were not tuned, separated by commas.")]
 Items = Annotated[int, typer.Option(help="Questions of each task before and after.")]
+WithoutReasoning = Annotated[
+    bool,
+    typer.Option("--without-reasoning", help="Keep examples without a trace: the model learns to answer at once."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
@@ -44,6 +49,7 @@ def check_data(
     items: Items = 300,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a row.")] = None,
     loss: Annotated[str, typer.Option(help="completion, assistant or all.")] = "completion",
+    without_reasoning: WithoutReasoning = False,
     template: Annotated[bool, typer.Option("--template", help="Lint training through the chat template.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +62,8 @@ def check_data(
 
     settings = settings_for(model, suited(model, max_length=max_length), max_length=max_length, loss=loss)
     with tempfile.TemporaryDirectory() as scratch:
-        looked = run_async(look_at(settings, data, Path(scratch), Measure(task=task, items=items)))
+        measure = Measure(task=task, items=items, wanted=False)
+        looked = run_async(look_at(settings, data, Path(scratch), measure, needs_reasoning=not without_reasoning))
     shown = looked.lint
     if template:
         shown = lint_template(*tokenizer_and_marks(model), looked.checked.kept[0])
@@ -148,6 +155,7 @@ def sft(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none.")] = None,
     instructed: Annotated[float | None, typer.Option(help="Share of questions with R1's instruction.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each source.")] = None,
+    without_reasoning: WithoutReasoning = False,
     max_tokens: Annotated[int, typer.Option(help="Cap of an answer when measuring.")] = 2048,
     evaluate: Annotated[bool, typer.Option(help="Measure before and after.")] = True,
     quiet: Quiet = False,
@@ -158,12 +166,16 @@ def sft(
     Under `accelerate launch -m dsr1kit finetune sft ... --no-evaluate` several processes train together.
     """
     from dsr1kit.finetune.base import require_finetune
+    from dsr1kit.finetune.runs import processes
     from dsr1kit.finetune.settings import settings_for
     from dsr1kit.finetune.tuning import Measure, suited, tune
     from dsr1kit.progress import terminal_progress
     from dsr1kit.records import Sampling
 
     require_finetune()
+    if processes() > 1 and evaluate:
+        raise UsageError("of several processes none measures: --no-evaluate, then dsr1kit finetune evaluate")
+    quiet = quiet or not _first()
     chosen = suited(model, max_length=max_length)
     settings = settings_for(
         model, chosen, method=method, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, steps=steps,
@@ -181,10 +193,12 @@ def sft(
     say = None if quiet else _say
     with terminal_progress(quiet=quiet) as tell:
         done = run_async(
-            tune(settings, data, out, measure, limit=limit, on_text=say, on_step=_stepping(tell, "train"),
-                 on_progress=tell)
+            tune(settings, data, out, measure, limit=limit, needs_reasoning=not without_reasoning, on_text=say,
+                 on_step=_stepping(tell, "train"), on_progress=tell)
         )  # fmt: skip
     trained = done.trained
+    if not _first():
+        return
     _result(
         out, done.gain, as_json,
         {"adapter": str(trained.adapter), "steps": trained.steps, "rows": trained.rows, "left_out": trained.left_out,
@@ -224,16 +238,17 @@ def grpo(
     as_json: AsJson = False,
 ) -> None:
     """Reinforce an adapter with rewards that can be verified (GRPO), and measure before and after."""
+    from dsr1kit.compare.tasks import load_task
     from dsr1kit.finetune.gain import GainSettings, measure_gain
     from dsr1kit.finetune.gain import questions as gain_questions
-    from dsr1kit.finetune.grpo import GrpoSettings, train_grpo, usual_learning_rate
+    from dsr1kit.finetune.grpo import GrpoSettings, apart_from, train_grpo, usual_learning_rate
     from dsr1kit.finetune.rewards import Rewards
     from dsr1kit.finetune.settings import AdapterSettings
     from dsr1kit.progress import terminal_progress
     from dsr1kit.records import Sampling
 
     asked = measured or (task.replace("practice", "arithmetic", 1) if task.partition(":")[0] == "practice" else "")
-    if evaluate and not asked:
+    if evaluate and (not asked or asked == task):
         raise UsageError(f"name what is measured (--measured TASK), another one than {task}, or --no-evaluate")
     settings = GrpoSettings(
         model=model, task=task, items=questions, adapter=AdapterSettings(method=method, rank=rank, alpha=2 * rank),
@@ -249,9 +264,19 @@ def grpo(
             others=tuple(other for other in (_listed(others) or _usual_others(model)) if other != asked),
             items=items, sampling=Sampling(max_tokens=2048), quantization="4bit" if method == "qlora" else "none",
         )  # fmt: skip
+    learnt = load_task(task, questions, seed)
     by_task = None if wanted is None else gain_questions(wanted)
+    if by_task is not None:
+        found = apart_from(learnt, [item for items in by_task.values() for item in items])
+        if not found:
+            raise UsageError(f"all questions of {task} are asked by {asked} too: measure another task (--measured)")
+        if len(found) < len(learnt) and not quiet:
+            _say(f"{len(learnt) - len(found):,} of {len(learnt):,} questions are asked to measure, and left out")
+        learnt = found
     with terminal_progress(quiet=quiet) as tell:
-        done = train_grpo(settings, out, on_step=_stepping(tell, "reinforce"), on_text=None if quiet else _say)
+        done = train_grpo(
+            settings, out, items=learnt, on_step=_stepping(tell, "reinforce"), on_text=None if quiet else _say
+        )
         gain = None
         if wanted is not None:
             gain = run_async(measure_gain(wanted, out / "gain", asked=by_task, on_progress=tell))
@@ -307,12 +332,14 @@ def export_run(
     what: Annotated[
         str, typer.Option(help="merged, gguf, modelfile, card, commands; separated by commas.")
     ] = "merged,card",
+    base: Annotated[str | None, typer.Option(help="The model that it was tuned from.", show_default="as noted")] = None,
+    outtype: Annotated[str, typer.Option(help="Of a GGUF's weights: f16, bf16, f32, q8_0.")] = "f16",
     as_json: AsJson = False,
 ) -> None:
     """Take the result away: merged weights, GGUF, an Ollama Modelfile, a model card, the commands that serve it."""
     from dsr1kit.finetune.export import export
 
-    done = export(run, out, what=_listed(what))
+    done = export(run, out, what=_listed(what), base=base, outtype=outtype)
     if as_json:
         print_json(done.as_data())
     else:
@@ -325,8 +352,22 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _usual_others(model: str) -> tuple[str, ...]:
-    """What shows what was forgotten: all that tiny-r1 was taught, or the kit's own questions."""
-    return ("arithmetic",) if model == "tiny-r1" else ("questions",)
+    """What shows what was forgotten: what tiny-r1 and its descendants were taught, or the kit's own questions."""
+    from dsr1kit.errors import Dsr1kitError
+    from dsr1kit.local.hardware import SMALL
+    from dsr1kit.local.load import locate
+    from dsr1kit.local.shapes import find_shape
+
+    try:
+        small = find_shape(locate(model)[0]).parameters < SMALL
+    except Dsr1kitError:  # not known to the planner, or not fetched yet
+        small = False
+    return ("arithmetic",) if small else ("questions",)
+
+
+def _first() -> bool:
+    """Whether this process is the one that tells, of several that train together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:

@@ -179,6 +179,14 @@ def chained(operands: Sequence[int]) -> list[Step]:
     ]
 
 
+def trainable(problem: Problem) -> bool:
+    """Whether none of the sums of two by which a sum of four is worked out is one that is asked to measure.
+
+    The side that a problem is on does not tell: the two kinds are put on their sides by themselves.
+    """
+    return problem.kind != "sum4" or all(side_of(*step) == "train" for step in chained(problem.operands))
+
+
 def _difference(rng: random.Random) -> Problem:
     numbers = sorted((_number(rng, 2, 4), _number(rng, 1, 4)), reverse=True)
     return _bare("difference", "difference", numbers, rng)

@@ -77,12 +77,12 @@ class TaskFacts:
     tokens_source: str = ""
 
 
-def with_instruction(question: str, scorer: str, language: str) -> str:
+def with_instruction(question: str, scorer: str, language: str, between: str = "\n") -> str:
     """The question with R1's instruction on the form of the answer, unless it speaks of `\\boxed` itself."""
     if "\\boxed" in question:
         return question
     texts = _CHOICE if scorer == "choice" else INSTRUCTION
-    return f"{question}\n{texts['zh' if language == 'zh' else 'en']}"
+    return f"{question}{between}{texts['zh' if language == 'zh' else 'en']}"
 
 
 def hashed(text: str) -> str:

@@ -116,7 +116,8 @@ def _practice(name: str, items: int, seed: int) -> list[Item]:
     drawn = items
     while len(found) < items:
         for problem in arithmetic.generate(_kinds(name), "train", drawn, seed):
-            found.setdefault(problem.question, problem)
+            if arithmetic.trainable(problem):
+                found.setdefault(problem.question, problem)
         if drawn > 50 * items + 20_000:
             raise UsageError(f"{name} has {len(found):,} different questions, not {items:,}: ask for at most that many")
         drawn *= 2

@@ -6,9 +6,10 @@ Knows PEFT and bitsandbytes' modules; nothing about data or trainers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsr1kit.errors import MissingExtra, ModelError, RunError
@@ -93,25 +94,29 @@ def targets(model: Any) -> list[str] | str:
     return sorted(names & _LINEAR) or "all-linear"
 
 
-@contextlib.contextmanager
-def shortage_told(**what: Any) -> Iterator[None]:
-    """Memory that runs out inside becomes a ModelError that says what to change, in order.
+def give_back() -> None:
+    """Memory of models that nobody holds any more, which their cycles keep until they are looked for."""
+    import torch
 
-    Args:
-        what: the settings' values at hand: `batch_size`, `accumulation`, `checkpointing`, `max_length`, `method`,
-            `rank`.
-    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def shortage_told(what_to_change: Callable[[], str]) -> Iterator[None]:
+    """Memory that runs out inside becomes a ModelError that says what to change, in order."""
     import torch
 
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelError(f"{_first_line(error)}. {advice(**what)}") from None
+        raise ModelError(f"{_first_line(error)}. {what_to_change()}") from None
     except RuntimeError as error:
         text = str(error).lower()
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        raise ModelError(f"{_first_line(error)}. {advice(**what)}") from None
+        raise ModelError(f"{_first_line(error)}. {what_to_change()}") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -136,6 +141,12 @@ def advice(
         steps.append("--checkpointing (a third slower)")
     if max_length > 512:
         steps.append(f"--max-length {max_length // 2} (longer rows are left out)")
+    return in_order(steps, method, rank, quantizable=quantizable)
+
+
+def in_order(steps: list[str], method: str, rank: int, *, quantizable: bool = True) -> str:
+    """The steps, behind them what helps any training."""
+    steps = list(steps)
     if method != "qlora" and quantizable:
         steps.append("--method qlora (the base in 4 bits)")
     if rank > 8:

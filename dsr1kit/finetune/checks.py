@@ -18,6 +18,7 @@ from dsr1kit.compare.judge import Judge
 from dsr1kit.errors import UsageError
 from dsr1kit.finetune.data import Example
 from dsr1kit.records import Outcome, Reply, Verdict
+from dsr1kit.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 REASONS: Mapping[str, str] = {
     "empty answer": "there is nothing to answer with",
     "empty trace": "there is no reasoning to learn",
-    "cut off": "trace or answer ends in the middle: an open tag, an open box or a half-open brace",
+    "cut off": "trace or answer ends in the middle, or holds a think tag: an open tag, box or brace",
     "disagrees": "the answer is not the gold",
     "duplicate": "the same question with the same trace stands before it",
     "asked in the evaluation": "the evaluation asks the same question",
@@ -36,6 +37,8 @@ REASONS: Mapping[str, str] = {
 NGRAM = 13
 
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+", re.UNICODE)
+#: With the signs that make another question of the same words: 12 + 34, 12 - 34, 1.5.
+_SIGNED = re.compile(r"[\u3400-\u9fff]|\d+[.,]\d+|[^\W_]+|[+\-\u2212*/^=<>\u00d7\u00f7%]", re.UNICODE)
 _WORDED = tuple(
     " ".join(_WORD.findall(with_instruction("", scorer, language)))
     for scorer in ("math", "choice")
@@ -154,7 +157,7 @@ async def check(
     if not kept:
         found = Checked((), tuple(dropped), 0, 0, None)
         why = ", ".join(f"{n:,} {reason}" for reason, n in found.counts.items()) or "there were none"
-        raise UsageError(f"no usable example is left of {len(examples):,}: {why}; dsr1kit finetune check names them")
+        raise UsageError(f"no usable example is left of {len(examples):,}: {why}. " + "; ".join(found.told()[1:]))
     repeated = sum(count - 1 for count in questions.values())
     return Checked(tuple(kept), tuple(dropped), unscored, repeated, _lengths(lengths, context) if length else None)
 
@@ -185,10 +188,9 @@ def _reason(
         return "disagrees"
     if _key(one) in seen:
         return "duplicate"
-    words = _words(one.question)
-    if " ".join(words) in asked:
+    if worded(one.question) in asked:
         return "asked in the evaluation"
-    if grams and not grams.isdisjoint(_grams(words)):
+    if grams and not grams.isdisjoint(_grams(_words(one.question))):
         return "overlaps the evaluation"
     return ""
 
@@ -208,7 +210,7 @@ async def verdicts(examples: Sequence[Example]) -> list[Verdict]:
 
 def _cut_off(one: Example) -> bool:
     """Whether a text stops in the middle, by what can be told from its signs alone."""
-    if "<think>" in one.answer or "</think>" in one.answer or "<think>" in one.reasoning:
+    if any(tag in text for tag in (OPEN, CLOSE) for text in (one.answer, one.reasoning)):
         return True
     return any(text.count("\\boxed{") > 0 and not _closed(text) for text in (one.answer, one.reasoning[-2000:]))
 
@@ -231,12 +233,16 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
-def _words(text: str) -> list[str]:
+def worded(text: str) -> str:
+    """What is asked, as a name of the question: its words and signs of arithmetic alone, without R1's instruction."""
+    return " ".join(_words(text, _SIGNED))
+
+
+def _words(text: str, word: re.Pattern[str] = _WORD) -> list[str]:
     """Words of a text, Chinese signs singly, without R1's instruction, which all questions share."""
-    words = _WORD.findall(unicodedata.normalize("NFKC", text))
-    joined = " ".join(words)
-    for worded in _WORDED:
-        joined = joined.replace(worded, " ")
+    joined = " ".join(word.findall(unicodedata.normalize("NFKC", text)))
+    for shared in _WORDED:
+        joined = joined.replace(shared, " ")
     return joined.casefold().split()
 
 
@@ -248,7 +254,6 @@ def _questions(items: Iterable[Item]) -> tuple[set[str], set[tuple[str, ...]]]:
     asked: set[str] = set()
     grams: set[tuple[str, ...]] = set()
     for item in items:
-        words = _words(item.prompt)
-        asked.add(" ".join(words))
-        grams |= _grams(words)
+        asked.add(worded(item.prompt))
+        grams |= _grams(_words(item.prompt))
     return asked, grams

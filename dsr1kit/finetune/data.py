@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsr1kit.compare.arithmetic import KINDS
 from dsr1kit.compare.file_rows import rows_of
 from dsr1kit.compare.items import hashed, with_instruction
 from dsr1kit.compare.scoring import SCORERS
@@ -168,7 +169,7 @@ def instructed(examples: Iterable[Example], share: float = 1.0) -> list[Example]
     found = []
     for one in examples:
         if int(hashed(one.id)[:6], 16) < share * 0x1000000:
-            said = with_instruction(one.question, one.scorer, one.language)
+            said = with_instruction(one.question, one.scorer, one.language, " " if one.kind in KINDS else "\n")
             one = replace(one, messages=(*one.messages[:-1], {"role": "user", "content": said}))
         found.append(one)
     return found

@@ -107,17 +107,13 @@ def _earlier_answers(tokenizer: Any, text: str, messages: Sequence[Message]) -> 
 
 
 def encode_all(tokenizer: Any, marks: Marks, examples: Sequence[Example], loss: Loss = "completion") -> list[Encoded]:
-    """All examples, in their order; with loss `assistant` a conversation is one row, told by its last answer.
-
-    Raises:
-        UsageError: as `encode`.
-    """
-    rows = _whole(examples) if loss == "assistant" else list(examples)
-    return [encode(tokenizer, marks, one, loss) for one in rows]
+    """All examples, in their order. Raises UsageError as `encode`."""
+    return [encode(tokenizer, marks, one, loss) for one in examples]
 
 
-def _whole(examples: Sequence[Example]) -> list[Example]:
-    """Without those that are the beginning of another one of the same source."""
+def whole_conversations(examples: Sequence[Example]) -> list[Example]:
+    """Without those that are the beginning of another one of the same source: with loss `assistant` a conversation is
+    one row, told by its last answer. Before anything is put behind their questions."""
     beginnings = {
         (one.source, tuple((turn["role"], turn["content"]) for turn in one.messages[:at]))
         for one in examples

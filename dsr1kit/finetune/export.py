@@ -28,7 +28,6 @@ from dsr1kit.finetune.modelcard import (
     modelfile,
     read_adapter,
     serve_commands,
-    sha256_of,
     write,
     write_card,
 )
@@ -36,6 +35,7 @@ from dsr1kit.local.adapters import WEIGHTS
 from dsr1kit.local.engine_checks import cause_in, check_weights_of
 from dsr1kit.local.engine_commands import read_json
 from dsr1kit.local.hardware import SMALL, Choice
+from dsr1kit.local.identity import sha256_of
 from dsr1kit.local.load import load, locate, quiet
 
 #: What a merge notes beside its weights; a folder with it may be replaced by a later merge, any other may not.

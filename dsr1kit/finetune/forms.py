@@ -86,6 +86,14 @@ def _text(value: Any, name: str, where: str) -> str:
     return str(value)
 
 
+def _thought(row: Mapping[str, Any], where: str) -> str:
+    """The reasoning in a field of its own, without tags around it."""
+    text = _first(row, _REASONING, where)
+    bare = text.strip()
+    tagged = bare.startswith(OPEN) or bare.endswith(CLOSE)
+    return bare.removeprefix(OPEN).removesuffix(CLOSE) if tagged else text
+
+
 def _first(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     return "" if name is None else _text(row[name], name, where)
@@ -116,7 +124,7 @@ def _plain(row: Mapping[str, Any], where: str) -> list[Example]:
         both = [*(asked if isinstance(asked, list) else [{"role": "user", "content": asked}]),
                 *(told if isinstance(told, list) else [{"role": "assistant", "content": told}])]  # fmt: skip
         return _conversation(both, row, where, ("role",), ("content",))
-    reasoning, answer = _first(row, _REASONING, where), _text(told, answers[0], where)
+    reasoning, answer = _thought(row, where), _text(told, answers[0], where)
     if not reasoning:
         reasoning, answer = split(answer, where)
     return [example(_text(asked, question_name, where).strip(), reasoning, answer, **_extras(row, where))]
@@ -156,7 +164,7 @@ def _conversation(
             continue
         if not before or before[-1]["role"] != "user":
             raise UsageError(f"{place}: an answer stands where a question was expected")
-        reasoning, answer = _first(turn, _REASONING, place), content
+        reasoning, answer = _thought(turn, place), content
         if not reasoning:
             reasoning, answer = split(content, place)
         found.append(example(before[-1]["content"], reasoning, answer, before=before[:-1], **extras))
@@ -172,7 +180,7 @@ def _alpaca(row: Mapping[str, Any], where: str) -> list[Example]:
     asked = "\n\n".join(filter(None, (_first(row, (name,), where).strip() for name in ("instruction", "input"))))
     if row.get("output") is None:
         raise UsageError(f"{where}: no 'output'; an Alpaca line has instruction, input (may be empty) and output")
-    reasoning, answer = _first(row, _REASONING, where), _text(row["output"], "output", where)
+    reasoning, answer = _thought(row, where), _text(row["output"], "output", where)
     if not reasoning:
         reasoning, answer = split(answer, where)
     return [example(asked, reasoning, answer, **_extras(row, where))]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsr1kit import about
 from dsr1kit.access.prices import Price
-from dsr1kit.compare.items import Item, digest
+from dsr1kit.compare.items import Item, digest, hashed
 from dsr1kit.compare.journal import Journal
 from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.record import to_record
@@ -26,6 +26,8 @@ from dsr1kit.compare.stats import Interval, PairedDifference, clustered_share, h
 from dsr1kit.compare.summary import Record, judged
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import UsageError
+from dsr1kit.local.adapters import WEIGHTS
+from dsr1kit.local.identity import sha256_of
 from dsr1kit.local.model import LocalModel
 from dsr1kit.records import Outcome, Sampling
 
@@ -234,7 +236,7 @@ async def measure_gain(
         UsageError: a folder of another run.
         ModelError: model or adapter cannot be loaded.
     """
-    by_task = dict(asked) if asked is not None else questions(settings)
+    by_task = _named_apart(asked if asked is not None else questions(settings))
     every = _apart(by_task)
     names = (BEFORE, *settings.adapters)
     drawn = RunSettings(channels=names, seed=settings.seed, samples=settings.samples, sampling=settings.sampling)
@@ -242,7 +244,7 @@ async def measure_gain(
         "channels": list(names), "task": settings.task, "others": list(settings.others), "items": len(every),
         "samples": settings.samples, "seed": settings.seed, "sampling": asdict(settings.sampling),
         "model": settings.model, "quantization": settings.quantization, "digest": digest(every), "concurrency": 1,
-        "rate": None, "warm_up": 0, "adapters": {name: str(path) for name, path in settings.adapters.items()},
+        "rate": None, "warm_up": 0, "adapters": {name: _known_by(path) for name, path in settings.adapters.items()},
     }  # fmt: skip
     folder = Path(out)
     with Journal(folder, identity, {"versions": about.versions(), "hardware": about.hardware()}) as journal:
@@ -293,6 +295,24 @@ async def _ask(
             own = replace(reply, outcome=Outcome.OK) if reply.outcome is Outcome.EMPTY else reply
             verdict = await judge.verdict(own, item)
             journal.append(to_record(reply, name, item, sample, Price(0.0, 0.0), verdict))
+
+
+def _named_apart(by_task: Mapping[str, Sequence[Item]]) -> dict[str, list[Item]]:
+    """The questions by task; two that are not the same get names of their own where files name them alike."""
+    prompts: dict[str, set[str]] = {}
+    for items in by_task.values():
+        for item in items:
+            prompts.setdefault(item.id, set()).add(item.prompt)
+    return {
+        task: [replace(i, id=f"{i.id}-{hashed(i.prompt)}") if len(prompts[i.id]) > 1 else i for i in items]
+        for task, items in by_task.items()
+    }
+
+
+def _known_by(adapter: Path) -> str:
+    """What tells an adapter from another, wherever it lies; its folder where its weights cannot be read."""
+    weights = Path(adapter) / WEIGHTS
+    return sha256_of(weights)[:16] if weights.is_file() else str(adapter)
 
 
 def _apart(by_task: Mapping[str, Sequence[Item]]) -> list[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import Dsr1kitError, RunError, UnknownName, UsageError
 from dsr1kit.finetune.alarms import Alarm, Watch, too_long
-from dsr1kit.finetune.base import in_full_precision, open_base, put_adapter, require_finetune, shortage_told
-from dsr1kit.finetune.rewards import Rewards, answer_of, form_of, length_of
-from dsr1kit.finetune.runs import Run
+from dsr1kit.finetune.base import in_full_precision, in_order, open_base, put_adapter, require_finetune, shortage_told
+from dsr1kit.finetune.checks import worded
+from dsr1kit.finetune.data import example
+from dsr1kit.finetune.encode import Encoded, encode
+from dsr1kit.finetune.rewards import Rewards, answer_of, cut_off, form_of, length_of
+from dsr1kit.finetune.runs import Run, processes
+from dsr1kit.finetune.selfcheck import GradientCheck, check_gradients, require_gradients
 from dsr1kit.finetune.settings import SCHEDULES, AdapterSettings
 from dsr1kit.finetune.sft import facts_of, precision_of
 from dsr1kit.finetune.trainers import OnStep, follow, safe
@@ -169,7 +173,8 @@ class RewardCurve:
 
 @dataclass(frozen=True, slots=True)
 class Reinforced:
-    """What came of a reinforcement; `trained_s` is of this start, 0 where the run was complete already."""
+    """What came of a reinforcement; `trained_s` is of this start, 0 where the run was complete already; `gradients` of
+    the self-check, None where the weights were not quantized."""
 
     adapter: Path
     curve: RewardCurve
@@ -178,13 +183,16 @@ class Reinforced:
     trained_s: float
     resumed_at: int
     facts: dict[str, Any]
+    gradients: GradientCheck | None = None
 
     @classmethod
     def noted(cls, noted: dict[str, Any], adapter: Path) -> Reinforced:
         """From what a complete run noted."""
         curve = RewardCurve(**{key: tuple(value) for key, value in noted["curve"].items()})
         alarms = tuple(Alarm(**alarm) for alarm in noted["alarms"])
-        return cls(**(noted | {"adapter": adapter, "curve": curve, "alarms": alarms, "trained_s": 0.0}))
+        gradients = noted["gradients"] and GradientCheck(**noted["gradients"])
+        told = {"adapter": adapter, "curve": curve, "alarms": alarms, "gradients": gradients, "trained_s": 0.0}
+        return cls(**(noted | told))
 
 
 def train_grpo(
@@ -218,7 +226,7 @@ def train_grpo(
             f"a step asks {settings.prompts} different questions, and there are {len(asked)}: lower --prompts, or ask "
             "more of them (--questions)"
         )
-    run = Run(Path(out), {"grpo": asdict(settings), "data": digest(asked)})
+    run = Run(Path(out), {"grpo": asdict(settings), "data": digest(asked), "processes": processes()})
     if (noted := run.result()) is not None:
         tell(f"{out} is complete already")
         return Reinforced.noted(noted, run.adapter)
@@ -227,10 +235,12 @@ def train_grpo(
         loaded = open_base(settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device)
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model)
-        with shortage_told(
-            batch_size=settings.batch_size or settings.prompts * settings.generations,
-            method=settings.adapter.method, rank=settings.adapter.rank, max_length=settings.max_tokens,
-        ):  # fmt: skip
+        with shortage_told(lambda: _advice(settings)):
+            gradients = None
+            if loaded.quantization != "none":
+                gradients = check_gradients(model, [_worked_row(loaded, asked[0])])
+                require_gradients(gradients)
+                tell(f"gradients agree with the dequantized weights' (cosine {gradients.cosine:.4f})")
             following = follow(on_step, value="rewards/right/mean")
             trainer = _trainer(
                 settings, loaded, model, asked, run.checkpoints, [following, _watching(watch, settings, tell)]
@@ -244,11 +254,36 @@ def train_grpo(
         )
     found = Reinforced(
         run.adapter, RewardCurve.of(trainer.state.log_history), tuple(watch.raised), settings.steps,
-        following.spent_s, resumed_at, facts,
+        following.spent_s, resumed_at, facts, gradients,
     )  # fmt: skip
     if trainer.is_world_process_zero():
         run.finish(model, asdict(found))
     return found
+
+
+def apart_from(items: Sequence[Item], evaluation: Iterable[Item]) -> list[Item]:
+    """The questions that the evaluation does not ask, by their words."""
+    asked = {worded(item.prompt) for item in evaluation}
+    return [item for item in items if worded(item.prompt) not in asked]
+
+
+def _worked_row(loaded: LoadedModel, item: Item) -> Encoded:
+    """A question with its answer, as a row for the self-check of gradients."""
+    return encode(loaded.tokenizer, loaded.marks, example(item.prompt, item.gold, f"\\boxed{{{item.gold}}}"))
+
+
+def _advice(settings: GrpoSettings) -> str:
+    """What to change when memory ran out, what costs least first; what is done already is left out."""
+    size, steps = settings.prompts * settings.generations, []
+    if (settings.batch_size or size) > settings.generations:
+        steps.append(f"--batch-size {settings.generations} (the same step, in smaller pieces)")
+    if settings.max_tokens > 256:
+        steps.append(f"--max-tokens {settings.max_tokens // 2} (what is longer is cut and earns nothing)")
+    if settings.prompts > 1:
+        steps.append(f"--prompts {settings.prompts // 2} (fewer completions are written at once)")
+    if settings.generations > 4:
+        steps.append("--generations 4")
+    return in_order(steps, settings.adapter.method, settings.adapter.rank)
 
 
 def _trainer(
@@ -350,25 +385,34 @@ def _rollouts(loaded: LoadedModel, settings: GrpoSettings) -> Callable[[list[Any
 def _reward_functions(loaded: LoadedModel, settings: GrpoSettings) -> list[Any]:
     thinks = loaded.marks.end_think is not None
 
-    async def right(completions: list[Any], **columns: Any) -> list[float | None]:
+    def cut(ids: list[int]) -> bool:
+        return cut_off(ids, settings.max_tokens, loaded.marks.ends)
+
+    async def right(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         found: list[float | None] = []
         async with Judge() as judge:
-            for completion, gold, scorer, name in zip(
-                completions, columns["gold"], columns["scorer"], columns["name"], strict=True
+            for completion, ids, gold, scorer, name in zip(
+                completions, completion_ids, columns["gold"], columns["scorer"], columns["name"], strict=True
             ):
+                if cut(ids):
+                    found.append(0.0)
+                    continue
                 item = Item(name, "", gold, "", "en", scorer)
                 reply = Reply(Outcome.OK, answer=answer_of(_text(completion), thinks))
                 verdict = await judge.verdict(reply, item)
                 found.append(None if verdict == "unscored" else float(verdict == "right"))
         return found
 
-    def form(completions: list[Any], **_: Any) -> list[float]:
-        return [form_of(_text(completion), thinks) for completion in completions]
+    def form(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [
+            0.0 if cut(ids) else form_of(_text(completion), thinks)
+            for completion, ids in zip(completions, completion_ids, strict=True)
+        ]
 
     async def length(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         if settings.rewards.length == 0:
             return [0.0] * len(completions)
-        known = await right(completions, **columns)
+        known = await right(completions, completion_ids, **columns)
         return [
             length_of(len(ids), settings.max_tokens, value) for ids, value in zip(completion_ids, known, strict=True)
         ]

@@ -131,7 +131,8 @@ def _findings(tokenizer: Any, marks: Marks, one: Example, row: Encoded) -> list[
     if not right:
         place = ", not where the model goes on"
     elif begins < len(prompt.ids):
-        place = ", before the last answer: the loss counts earlier turns too"
+        place = ", before the last answer: the loss counts earlier answers too, and the template shows those without "
+        place += "their thinking"
     else:
         place = ", inside the thinking" if opened else ", where the answer begins"
     starts = f"behind {where!r}" if begins else "with the first token"

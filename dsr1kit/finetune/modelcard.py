@@ -6,7 +6,6 @@ and R1's prompt form; nothing about weights.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,8 @@ from dsr1kit.local import engine_commands as commands
 from dsr1kit.local.adapters import adapter_config
 from dsr1kit.local.engine_checks import check_adapter
 from dsr1kit.local.engine_commands import chat_template, read_json
-from dsr1kit.local.folder import read_manifest
 from dsr1kit.local.hardware import TINY
+from dsr1kit.local.identity import same_model
 from dsr1kit.local.load import locate
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def base_of(adapter: Path, base: str | None = None) -> str:
         names.append(TINY)  # where it lay in another installation
     if base is not None:
         locate(base)
-        if names and not any(_same(base, name) for name in names):
+        if names and not any(same_model(base, name) for name in names):
             raise ModelError(
                 f"the adapter in {adapter} was trained on {names[0]}, not on {base}: put into another model's weights "
                 f"it would mean nothing. Name {names[0]}, or leave the base out"
@@ -105,43 +104,11 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     return config
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _run_model(folder: Path) -> str:
     """The model that a run's run.json names; empty where there is none."""
     identity = read_json(folder / "run.json").get("identity")
     settings = [identity.get(kind) for kind in ("sft", "grpo")] if isinstance(identity, dict) else []
     return next((str(one["model"]) for one in settings if isinstance(one, dict) and one.get("model")), "")
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two names mean one model: by name, place or, of two folders, their weights' bytes."""
-    places = [_place(one), _place(other)]
-    if one == other or places[0] == places[1]:
-        return True
-    folders = [Path(place) for place in places]
-    if not all(folder.is_dir() for folder in folders):
-        return False
-    files = [sorted(folder.glob("*.safetensors")) for folder in folders]
-    sizes = [[(file.name, file.stat().st_size) for file in each] for each in files]
-    return sizes[0] == sizes[1] and all(sha256_of(a) == sha256_of(b) for a, b in zip(*files, strict=True))
-
-
-def _place(name: str) -> str:
-    """Where a model lies, or the hub id it was fetched from; the name itself where it is not here."""
-    try:
-        place, gguf = locate(name)
-    except Dsr1kitError:
-        return name
-    if gguf:
-        return str((Path(place) / gguf).resolve())
-    if not Path(place).is_dir():
-        return place
-    return str(Path(place).resolve()) if (told := read_manifest(Path(place))) is None else told.model
 
 
 # --- how it is run ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Knows texts and scorers; nothing about trainers.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from dsr1kit.compare.scoring import last_boxed
@@ -42,6 +43,11 @@ def answer_of(completion: str, thinks: bool) -> str:
     """What stands behind the thinking; of a model that thinks, nothing where it is not closed."""
     _, closed, answer = completion.rpartition(CLOSE)
     return answer if closed or not thinks else ""
+
+
+def cut_off(ids: Sequence[int], limit: int, ends: Container[int]) -> bool:
+    """Whether a completion was cut by the limit: as long as that, without an end mark."""
+    return len(ids) >= limit and ids[-1] not in ends
 
 
 def form_of(completion: str, thinks: bool) -> float:

@@ -131,6 +131,11 @@ def _read(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} is no file of a run: was it edited? Choose another --out")
 
 
+def processes() -> int:
+    """How many train together; each takes its share of a step's rows."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _first() -> bool:
     """Whether this process is the one that writes, of several that train together."""
     return os.environ.get("RANK", "0") == "0"

@@ -168,7 +168,7 @@ def preset(model: str, shape: Shape | None, hardware: Hardware, *, max_length: i
              "few steps in few minutes: above the usual 2e-4")  # fmt: skip
         take("max_length", length, "rows of such data are short; longer ones are left out and told")
         return Preset("cpu", values, why)
-    method, row, checkpointed = _fits(model, shape, hardware, length)
+    method, row, checkpointed, batch = _fits(model, shape, hardware, length)
     half = "bfloat16" if gpu.bf16 else "float16"
     named = "t4" if gpu.total_bytes < 18 * GIB else "24gb" if gpu.total_bytes < 30 * GIB else "80gb"
     take("method", method, "16-bit weights fit, and 4-bit would be slower" if method == "lora" else
@@ -176,34 +176,42 @@ def preset(model: str, shape: Shape | None, hardware: Hardware, *, max_length: i
     take("dtype", half, "the GPU multiplies bfloat16" if gpu.bf16 else
          "the GPU has no bfloat16: fp16 with loss scaling, the adapter in fp32")  # fmt: skip
     take("checkpointing", checkpointed, "activations would not fit" if checkpointed else "activations fit")
-    batch = {"t4": 1, "24gb": 2, "80gb": 8}[named] if shape is None or shape.parameters > 1e9 else 16
-    take("batch_size", batch, "what such a card holds beside the weights")
+    take("batch_size", batch, "so many of the longest rows fit beside the weights" if batch > 1 else
+         "the longest rows fit one by one")  # fmt: skip
     take("accumulation", max(1, 16 // batch), "16 rows a step: LoRA loses with much larger batches")
     take("learning_rate", 2e-4, "ten times that of full tuning, as usual for LoRA")
     take("max_length", row, "the longest rows that fit" if row < length else "as asked, or R1-like traces of one page")
     return Preset(named, values, why)
 
 
-def _fits(model: str, shape: Shape | None, hardware: Hardware, length: int) -> tuple[str, int, bool]:
-    """Method, row length and whether to compute activations again, for one GPU."""
+def _fits(model: str, shape: Shape | None, hardware: Hardware, length: int) -> tuple[str, int, bool, int]:
+    """Method, row length, whether to compute activations again, and rows at once, for one GPU: the longest rows first,
+    then 16 bits, then no second computing, then many at once."""
     if shape is None:
-        return "qlora", min(length, 1024), True
+        return "qlora", min(length, 1024), True, 1
     one = replace(hardware, gpus=hardware.gpus[:1])
     room = available(one) * _MARGIN
     whole = half_precision(one)
     for method, precision in (("lora", whole), ("qlora", "nf4")):
         for row in dict.fromkeys((length, min(length, 1024), min(length, 512))):
-            wanted = need(shape, precision=precision, context=row, purpose=method, whole_logits=False)
-            if wanted.total <= room:
-                # Kept, every layer holds what one holds while it is computed again.
-                kept = wanted.total + (shape.layers - 1) * row * 2 * (4 * shape.query_width + 6 * shape.hidden
-                                                                      + 4 * shape.intermediate)  # fmt: skip
-                return method, row, kept > room
+            if _taken(shape, precision, method, row) <= room:
+                kept = _taken(shape, precision, method, row, kept=True) <= room
+                batch = 16
+                while batch > 1 and _taken(shape, precision, method, row, batch, kept=kept) > room:
+                    batch //= 2
+                return method, row, not kept, batch
     least = need(shape, precision="nf4", context=512, purpose="qlora", whole_logits=False).total
     raise ModelError(
         f"{model} cannot be tuned here: QLoRA with rows of 512 tokens needs {least / GIB:.1f} GiB, free are "
         f"{room / GIB:.1f}; a smaller distill would fit: dsr1kit fits --for qlora"
     )
+
+
+def _taken(shape: Shape, precision: str, method: str, row: int, batch: int = 1, *, kept: bool = False) -> int:
+    """Bytes of a training; activations that are `kept` take in every layer what is computed again for one at a time."""
+    wanted = need(shape, precision=precision, context=row, batch=batch, purpose=method, whole_logits=False)
+    layer = 2 * (4 * shape.query_width + 6 * shape.hidden + 4 * shape.intermediate)
+    return wanted.total + kept * (shape.layers - 1) * batch * row * layer
 
 
 def settings_for(model: str, chosen: Preset, **given: Any) -> SftSettings:

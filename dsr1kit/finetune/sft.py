@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from dsr1kit.errors import UsageError
-from dsr1kit.finetune.base import in_full_precision, open_base, put_adapter, require_finetune, shortage_told
+from dsr1kit.finetune.base import (
+    advice,
+    in_full_precision,
+    open_base,
+    put_adapter,
+    require_finetune,
+    shortage_told,
+)
 from dsr1kit.finetune.data import Example, instructed
-from dsr1kit.finetune.encode import IGNORED, Encoded, encode_all
+from dsr1kit.finetune.encode import IGNORED, Encoded, encode_all, whole_conversations
 from dsr1kit.finetune.rows import row_order, steps_for
-from dsr1kit.finetune.runs import Run
+from dsr1kit.finetune.runs import Run, processes
 from dsr1kit.finetune.selfcheck import GradientCheck, check_gradients, require_gradients
 from dsr1kit.finetune.settings import SftSettings
 from dsr1kit.finetune.trainers import Curve, OnStep, follow, safe, score_counted_alone
@@ -96,8 +102,9 @@ def train_sft(
     """
     require_finetune()
     tell = on_text or (lambda _: None)
-    data = instructed(examples, settings.instructed)
-    run = Run(Path(out), {"sft": asdict(settings), "data": digest(data)})
+    told = whole_conversations(examples) if settings.loss == "assistant" else examples
+    data = instructed(told, settings.instructed)
+    run = Run(Path(out), {"sft": asdict(settings), "data": digest(data), "processes": processes()})
     if (noted := run.result()) is not None:
         tell(f"{out} is complete already")
         return Trained.noted(noted, run.adapter)
@@ -106,7 +113,7 @@ def train_sft(
         rows, left_out = _rows(loaded, settings, data, tell)
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model) | {"sources": sources_of(examples)}
-        with shortage_told(**_for_advice(settings)):
+        with shortage_told(lambda: advice(**_for_advice(settings))):
             gradients = None
             if loaded.quantization != "none":
                 gradients = check_gradients(model, rows[:1])
@@ -163,9 +170,8 @@ def _trainer(
     import datasets
 
     trl: Any = importlib.import_module("trl")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     units = _packed(rows, min(settings.max_length, loaded.context)) if settings.packing else _single(rows)
-    batch = settings.batch_size * settings.accumulation * world
+    batch = settings.batch_size * settings.accumulation * processes()
     steps = settings.steps or steps_for(len(units), batch, settings.epochs)
     order = row_order([len(unit["input_ids"]) for unit in units], batch, steps, settings.seed)
     dataset = datasets.Dataset.from_list([units[at] for at in order])

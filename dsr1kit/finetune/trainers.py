@@ -6,6 +6,7 @@ Knows transformers' Trainer; nothing about data or models.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -209,6 +210,7 @@ def follow(on_step: OnStep | None, value: str = "loss") -> Any:
             self.spent_s = time.perf_counter() - self.began
             left = self.spent_s / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
             if on_step is not None and state.is_world_process_zero:
-                on_step(state.global_step, state.max_steps, float(logs[value]), left)
+                told = logs[value]  # None: TRL's for a mean over nothing
+                on_step(state.global_step, state.max_steps, math.nan if told is None else float(told), left)
 
     return Follow()

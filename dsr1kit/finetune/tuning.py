@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsr1kit.compare.items import Item, hashed
 from dsr1kit.compare.task_files import PREFIX as FILE
 from dsr1kit.errors import Dsr1kitError, UsageError
+from dsr1kit.finetune.base import give_back
 from dsr1kit.finetune.checks import Checked, check
 from dsr1kit.finetune.data import WORKED, Example, load_examples
 from dsr1kit.finetune.encode import encode
@@ -113,25 +114,34 @@ def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
 
 
 async def look_at(
-    settings: SftSettings, data: Sequence[str], out: Path, measure: Measure, *, limit: int | None = None
+    settings: SftSettings,
+    data: Sequence[str],
+    out: Path,
+    measure: Measure,
+    *,
+    limit: int | None = None,
+    needs_reasoning: bool = True,
 ) -> Looked:
     """Load and check the data, find what it will be measured on, and look at one example as the model will meet it.
 
+    Where no task is named and the data is not the kit's own, a part of it is held out, if anything is to be measured.
+
     Raises:
-        UsageError: nothing usable is left, or no task can be found to measure on.
+        UsageError: nothing usable is left, or nothing can be held out to measure on.
         ModelError: the model is not there.
     """
     examples = load_examples(data, limit=limit, seed=settings.seed)
     task = measure.task or _task_of(data)
-    if not task:
+    if not task and measure.wanted:
         examples, task = hold_out(examples, out)
-    asked = questions(_gain_settings(settings, measure, task, {_name(out): out}))
+    asked = questions(_gain_settings(settings, measure, task, {_name(out): out})) if task else {}
     tokenizer, marks = tokenizer_and_marks(settings.model)
     checked = await check(
         examples,
         evaluation=[item for items in asked.values() for item in items],
         length=lambda one: len(encode(tokenizer, marks, one, settings.loss).input_ids),
         context=settings.max_length,
+        needs_reasoning=needs_reasoning,
     )
     return Looked(checked, lint(tokenizer, marks, checked.kept[0], settings.loss), task, asked)
 
@@ -143,6 +153,7 @@ async def tune(
     measure: Measure,
     *,
     limit: int | None = None,
+    needs_reasoning: bool = True,
     on_text: Callable[[str], None] | None = None,
     on_step: OnStep | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -155,13 +166,14 @@ async def tune(
         out: the folder: the run's, with `gain/` in it.
         measure: how it is measured.
         limit: examples of each source.
+        needs_reasoning: whether an example without a trace is left out.
         on_text, on_step, on_progress: told how it goes.
 
     Raises:
         UsageError: the linter finds the text unfit to train on; and as `look_at`, `train_sft`, `measure_gain`.
     """
     folder = Path(out)
-    looked = await look_at(settings, data, folder, measure, limit=limit)
+    looked = await look_at(settings, data, folder, measure, limit=limit, needs_reasoning=needs_reasoning)
     if on_text is not None:
         for line in looked.checked.told():
             on_text(line)
@@ -171,6 +183,7 @@ async def tune(
     trained = train_sft(settings, looked.checked.kept, folder, on_step=on_step, on_text=on_text)
     gain = None
     if measure.wanted:
+        give_back()  # the trained model is loaded anew, without what training held
         asked = _gain_settings(settings, measure, looked.task, {_name(folder): trained.adapter})
         gain = await measure_gain(asked, folder / "gain", asked=looked.asked, on_progress=on_progress)
     return Tuned(looked, trained, gain)
@@ -191,8 +204,9 @@ def _gain_settings(settings: SftSettings, measure: Measure, task: str, adapters:
 
 
 def _task_of(data: Sequence[str]) -> str:
-    """The task of the first worked source, from the side that is held out."""
-    name = next((name.removeprefix(WORKED) for name in data if name.startswith(WORKED)), "")
+    """The task of worked data, from the side that is held out; of a person's own data nothing, whatever goes with
+    it."""
+    name = data[0].removeprefix(WORKED) if data and data[0].startswith(WORKED) else ""
     task, _, number = name.rpartition(":")
     return task if task and number.isdigit() else name
 
@@ -204,18 +218,19 @@ def hold_out(examples: Sequence[Example], out: Path) -> tuple[list[Example], str
     Raises:
         UsageError: too few have a gold.
     """
-    known = list(dict.fromkeys(one.question.strip() for one in examples if one.gold))
+    own = [one for one in examples if one.gold and len(one.messages) == 1 and not one.source.startswith(WORKED)]
+    known = list(dict.fromkeys(one.question.strip() for one in own))
     if len(known) < 2 * _SHARE_HELD_OUT:
         raise UsageError(
-            f"{len(known)} questions have a gold, too few to hold some out: add a gold to the data, or name what to "
-            "measure on (--task)"
+            f"{len(known)} questions have a gold and no turns before them, too few to hold some out: add a gold to the "
+            "data, name what to measure on (--task), or measure nothing (--no-evaluate)"
         )
     wanted = min(_MOST_HELD_OUT, len(known) // _SHARE_HELD_OUT)
     chosen = set(sorted(known, key=hashed)[:wanted])
     rest = [one for one in examples if one.question.strip() not in chosen]
     out.mkdir(parents=True, exist_ok=True)
     path = out / HELD_OUT
-    rows = {one.question.strip(): one for one in examples if one.question.strip() in chosen and one.gold}
+    rows = {one.question.strip(): one for one in own if one.question.strip() in chosen}
     with path.open("w", encoding="utf-8") as file:
         for question, one in rows.items():
             row = {"question": question, "answer": one.gold, "scorer": one.scorer, "language": one.language}

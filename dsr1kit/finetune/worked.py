@@ -1,12 +1,13 @@
 """Problems that the kit generates and works out itself, as training examples: `worked:TASK`.
 
-The kinds of `arithmetic`, from the side that evaluation never asks; and reasoning-gym's chain_sum with a trace that
-goes place by place. Knows nothing about tokenizers or training.
+The kinds of `arithmetic`, from the side that evaluation never asks; and reasoning-gym's chain_sum with a trace in
+tens and ones. Knows nothing about tokenizers or training.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from dsr1kit.compare import arithmetic, gym
 from dsr1kit.errors import UnknownName, UsageError
@@ -17,7 +18,6 @@ USUAL = 2_000
 CHAIN_SUM = f"{gym.PREFIX}chain_sum"
 _PATIENCE = 20_000  # draws without a new problem after which there are no more
 _APART = 1_000_003  # a generator's questions hang on the seed: those trained on are not those asked to measure
-_PLACES = ("ones", "tens", "hundreds", "thousands")
 _CHAIN = re.compile(r"-?\d+(?: [+-] -?\d+)+")
 
 
@@ -60,10 +60,8 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
     while drawn - new < _PATIENCE:
         problem = next(streams[drawn % len(streams)])
         drawn += 1
-        if problem.kind == "sum4" and not all(
-            arithmetic.side_of(*step) == "train" for step in arithmetic.chained(problem.operands)
-        ):
-            continue  # its trace would show a sum of two that is asked to measure what was forgotten
+        if not arithmetic.trainable(problem):
+            continue  # its trace would show what is asked to see what was forgotten
         one = example(
             problem.question, problem.reasoning, problem.answer, gold=str(problem.value), scorer="number",
             kind=problem.kind, language=problem.language, source=f"worked:{task}",
@@ -76,13 +74,13 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
 
 
 def chain_sums(task: str, n: int, seed: int) -> list[Example]:
-    """`n` questions of reasoning-gym's chain_sum, worked out place by place."""
+    """`n` questions of reasoning-gym's chain_sum, worked out in tens and ones."""
     found = []
     for item in gym.load(task, n, seed + _APART):
         chain = _CHAIN.search(item.prompt)
         if chain is None:
             raise UsageError(f"reasoning-gym's chain_sum has other words than those known: {item.prompt[:80]!r}")
-        trace, value = place_by_place(chain.group())
+        trace, value = in_tens_and_ones(chain.group())
         found.append(
             example(
                 item.prompt,
@@ -97,29 +95,34 @@ def chain_sums(task: str, n: int, seed: int) -> list[Example]:
     return found
 
 
-def place_by_place(chain: str) -> tuple[str, int]:
-    """A trace for sums and differences such as `64 + 25 - 3`, every step true, and the value.
+def in_tens_and_ones(chain: str) -> tuple[str, int]:
+    """A trace for sums and differences such as `64 + 25 - 93`, every line true, and the value.
 
-    Each decimal place is worked out by itself, the highest first, and the places are put together at the end. A small
-    model knows sums of one digit, and loses its way in running totals of two, below zero most of all.
+    What is added is put together, then what is taken away, then the smaller of both is taken from the larger, and the
+    sign stands in the last line: a small model that counts below zero goes astray. A number is added or taken away in
+    its decimal parts, the largest first, which is learnt sooner than a running total alone.
     """
     first, *rest = chain.split()
-    signs, numbers = ["+", *rest[::2]], [int(first), *map(int, rest[1::2])]
-    signs = [sign if number >= 0 else "+-"[sign == "+"] for sign, number in zip(signs, numbers, strict=True)]
-    places = len(str(max(map(abs, numbers))))
-    lines, total = [], 0
-    for place in range(places - 1, -1, -1):
-        value, steps = 0, []
-        for sign, number in zip(signs, numbers, strict=True):
-            digit = abs(number) // 10**place % 10
-            made = value + digit if sign == "+" else value - digit
-            steps.append(f"{value} {sign} {digit} = {made}")
-            value = made
-        name = _PLACES[place] if place < len(_PLACES) else f"10^{place}"
-        said = ", ".join(steps[1:]) or str(value)
-        lines.append(said if places == 1 else f"{name}: {said}")
-        if place < places - 1:
-            more = value * 10**place
-            lines.append(f"{total} {'-' if more < 0 else '+'} {abs(more)} = {total + more}")
-        total += value * 10**place
-    return "\n".join(lines), total
+    signed = zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)
+    terms = [int(text) if sign == "+" else -int(text) for sign, text in signed]
+    plus, minus = [term for term in terms if term >= 0], [-term for term in terms if term < 0]
+    lines: list[str] = []
+    more, less = (_moved(each[0], "+", each[1:], lines) if each else 0 for each in (plus, minus))
+    if minus:
+        lines.append(f"{more} {'<' if more < less else '>' if more > less else '='} {less}")
+        _moved(max(more, less), "-", [min(more, less)], lines)
+        if more < less:
+            lines.append(f"{more} - {less} = {more - less}")
+    return "\n".join(lines) or first, more - less
+
+
+def _moved(total: int, sign: str, numbers: Sequence[int], lines: list[str]) -> int:
+    """`total` with the numbers added or taken away, part by part; each step becomes a line."""
+    for number in numbers:
+        digits = str(number)
+        parts = [int(digit) * 10 ** (len(digits) - 1 - at) for at, digit in enumerate(digits)]
+        for part in [part for part in parts if part] or [0]:
+            made = total + part if sign == "+" else total - part
+            lines.append(f"{total} {sign} {part} = {made}")
+            total = made
+    return total

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsr1kit.errors import MissingExtra, ModelError, UnknownName
+from dsr1kit.local.identity import same_model
 from dsr1kit.local.load import quiet
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Adapters:
         if importlib.util.find_spec("peft") is None:
             raise MissingExtra("an adapter", "local", "peft")
         base = str(adapter_config(path).get("base_model_name_or_path") or "")
+        own = str(getattr(self._model, "name_or_path", ""))
+        if base and Path(base).is_dir() and Path(own).is_dir() and not same_model(base, own):
+            raise ModelError(
+                f"the adapter in {path} was trained on {base}, not on {self._source}: on other weights it would mean "
+                f"nothing. Open {base}"
+            )
         if name in self.names:
             raise ModelError(f"there is an adapter {name!r} already; give this one another name")
         inner = f"adapter_{self._loads}_"
