@@ -33,7 +33,14 @@ TASKS = {"sum4": (2000, 400, 1500), "remainder7": (560, 700, 400)}
 def tuned(task: str, examples: int, steps: int, replay: int, out: Path, seed: int = 0) -> Trained:
     data = [f"worked:arithmetic:{task}:{examples}", *([f"worked:arithmetic:{replay}"] if replay else [])]
     settings = SftSettings(
-        model="tiny-r1", adapter=WIDE, learning_rate=3e-3, steps=steps, batch_size=32, save_every=0, seed=seed
+        model="tiny-r1",
+        adapter=WIDE,
+        learning_rate=3e-3,
+        steps=steps,
+        batch_size=8,
+        accumulation=4,
+        save_every=0,
+        seed=seed,
     )
     return train_sft(settings, load_examples(data, seed=seed), out)
 

@@ -137,12 +137,14 @@ def test_no_batch_holds_a_row_twice_while_there_are_others() -> None:
         assert len(set(order[at : at + 20])) == 20
 
 
-def test_rows_of_like_length_share_a_batch() -> None:
-    order = row_order(LENGTHS, 6, 10, 0)
-    spreads = [[LENGTHS[row] for row in order[at : at + 6]] for at in range(0, 60, 6)]
-    padded = sum(6 * max(some) for some in spreads)
-    assert padded < 1.2 * sum(LENGTHS)
-    assert [max(some) for some in spreads] != sorted(max(some) for some in spreads), "but the batches are shuffled"
+def test_within_a_step_rows_stand_by_length_so_that_its_batches_have_little_to_pad() -> None:
+    order = row_order(LENGTHS, 20, 3, 0)
+    steps = [[LENGTHS[row] for row in order[at : at + 20]] for at in range(0, 60, 20)]
+    assert all(lengths == sorted(lengths) for lengths in steps)
+    batches = [lengths[at : at + 5] for lengths in steps for at in range(0, 20, 5)]
+    assert sum(5 * max(some) for some in batches) < 1.2 * sum(LENGTHS)
+    means = [sum(lengths) / 20 for lengths in steps]
+    assert max(means) - min(means) < 40, "each step's rows are drawn from all"
 
 
 def test_an_order_needs_rows_and_steps_follow_from_epochs() -> None:

@@ -21,7 +21,7 @@ from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.finetune.checks import NGRAM, REASONS, Checked, check
 from dsr1kit.finetune.data import Example, as_row, example, instructed, load_examples, read_file, write_file
-from dsr1kit.finetune.worked import in_tens_and_ones
+from dsr1kit.finetune.worked import tens_and_ones
 
 GOOD = '{"question": "1 + 1 = ?", "reasoning": "1+1=2", "answer": "It is \\\\boxed{2}."}\n'
 TAGGED = "<think>\n1+1=2\n</think>\n\nIt is 2."
@@ -298,17 +298,19 @@ def test_worked_problems_that_there_are_not_are_refused(name: str, error: type[U
 
 
 @settings(max_examples=100, deadline=None)
-@given(numbers=st.lists(st.integers(0, 999), min_size=2, max_size=6), data=st.data())
+@given(numbers=st.lists(st.integers(0, 999), min_size=1, max_size=6), data=st.data())
 def test_a_chain_is_worked_out_in_true_lines(numbers: list[int], data: st.DataObject) -> None:
     signs = [data.draw(st.sampled_from("+-")) for _ in numbers[1:]]
     chain = str(numbers[0]) + "".join(f" {sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
-    trace, value = in_tens_and_ones(chain)
+    trace, value = tens_and_ones(chain)
     assert value == eval(chain)  # noqa: S307 - digits and signs of our own
-    below_zero = [line for line in trace.splitlines() if "-" in line.replace(" - ", " ")]
-    assert below_zero == ([trace.splitlines()[-1]] if value < 0 else [])
+    total = numbers[0]
     for line in trace.splitlines():
-        assert eval(line.replace(" = ", " == "))  # noqa: S307
-    assert int(re.findall(r"-?\d+", trace)[-1]) == value
+        left, result = line.split(" = ")
+        assert left.split()[0] == str(total)
+        total = int(result)
+        assert eval(left) == total  # noqa: S307
+    assert total == value
 
 
 def test_chain_sums_have_true_traces_and_are_none_that_are_asked() -> None:
@@ -319,7 +321,7 @@ def test_chain_sums_have_true_traces_and_are_none_that_are_asked() -> None:
     found = load_examples([f"worked:{name}:40"])
     assert len(found) == 40
     for one in found:
-        assert all(eval(line.replace(" = ", " == ")) for line in one.reasoning.splitlines())  # noqa: S307
+        assert all(eval(left) == int(right) for left, right in re.findall(r"(.+) = (-?\d+)", one.reasoning))  # noqa: S307
         assert f"\\boxed{{{one.gold}}}" in one.answer
     asked = {item.prompt for item in gym.load(name, 40, 0)}
     assert len(asked & {one.question for one in found}) <= 1

@@ -292,7 +292,7 @@ def evaluate_adapters(
     adapters: Annotated[list[str], typer.Option("--adapter", help="A folder, or NAME=FOLDER; several may be given.")],
     task: Annotated[str, typer.Option(help="What was tuned.")],
     out: Out,
-    model: Model = "tiny-r1",
+    model: Annotated[str, typer.Option(help="Default: what the first adapter was trained on.")] = "",
     others: Others = "",
     items: Items = 300,
     samples: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
@@ -305,6 +305,7 @@ def evaluate_adapters(
 ) -> None:
     """The same questions to a model without and with adapters: what was gained, what was forgotten."""
     from dsr1kit.finetune.gain import GainSettings, measure_gain
+    from dsr1kit.finetune.modelcard import base_of
     from dsr1kit.progress import terminal_progress
     from dsr1kit.records import Sampling
 
@@ -317,8 +318,9 @@ def evaluate_adapters(
             raise UsageError(f"two adapters are called {called!r}: name them, as --adapter NAME={path}")
         named[called] = path
     settings = GainSettings(
-        model=model, adapters=named, task=task, others=_listed(others), items=items, samples=samples,
-        sampling=Sampling(temperature, max_tokens=max_tokens), seed=seed, quantization=quantization,
+        model=model or base_of(next(iter(named.values()))), adapters=named, task=task, others=_listed(others),
+        items=items, samples=samples, sampling=Sampling(temperature, max_tokens=max_tokens), seed=seed,
+        quantization=quantization,
     )  # fmt: skip
     with terminal_progress(quiet=quiet) as tell:
         gain = run_async(measure_gain(settings, out, on_progress=tell))

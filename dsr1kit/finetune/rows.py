@@ -1,7 +1,9 @@
 """The order in which rows are trained on: known before the first step, by the seed alone.
 
 So a run that was killed goes on with the very row that was next, and several processes see together what one alone
-would. Rows of like length share a batch, which leaves little to pad. Knows numbers alone.
+would. A step's rows are drawn from all; within it they stand by length, so that the batches that it is accumulated
+from have little to pad. (Steps of rows of like length would pad less and learn worse: each would teach another kind of
+problem.) Knows numbers alone.
 """
 
 from __future__ import annotations
@@ -12,14 +14,11 @@ from collections.abc import Sequence
 
 from dsr1kit.errors import UsageError
 
-#: Batches whose rows are sorted by length together: many pad less, few mix more.
-_TOGETHER = 32
-
 
 def row_order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list[int]:
-    """Indices of the rows of `steps` batches, one batch behind the other.
+    """Indices of the rows of `steps` steps, one step behind the other, each by length.
 
-    Every pass goes over all rows, shuffled by seed and pass; what is left of one begins the next, so that all batches
+    Every pass goes over all rows, shuffled by seed and pass; what is left of one begins the next, so that all steps
     are full.
 
     Args:
@@ -36,16 +35,8 @@ def row_order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list
         shuffled = list(range(rows))
         random.Random(f"rows/{seed}/{number}").shuffle(shuffled)
         order += shuffled
-    found: list[int] = []
-    while (at := len(found)) < wanted:
-        # Of one pass alone, or a batch would hold the same row several times.
-        here = (rows - at % rows) // batch
-        end = min(wanted, at + batch * min(max(here, 1), _TOGETHER))
-        alike = sorted(order[at:end], key=lengths.__getitem__)
-        batches = [alike[start : start + batch] for start in range(0, len(alike), batch)]
-        random.Random(f"batches/{seed}/{at}").shuffle(batches)
-        found += [row for some in batches for row in some]
-    return found
+    steps_rows = (order[at : at + batch] for at in range(0, wanted, batch))
+    return [row for rows_of_step in steps_rows for row in sorted(rows_of_step, key=lengths.__getitem__)]
 
 
 def steps_for(rows: int, batch: int, epochs: float) -> int:

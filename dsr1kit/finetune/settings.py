@@ -159,8 +159,8 @@ def preset(model: str, shape: Shape | None, hardware: Hardware, *, max_length: i
         take("method", "lora", "4-bit weights are no faster on a processor, and host memory is plenty")
         take("dtype", "auto", "fp32 below 50 million weights; above, bfloat16 where the processor multiplies it")
         take("checkpointing", False, "it would save memory that is not short, for a third more time")
-        take("batch_size", 32 if tiny else 8, "so many rows keep the cores busy; rows of like length share a batch")
-        take("accumulation", 1, "the batch fits whole")
+        take("batch_size", 8 if tiny else 4, "rows of like length share a batch, and so many keep the cores busy")
+        take("accumulation", 4 if tiny else 2, "32 rows a step" if tiny else "8 rows a step: many steps in few minutes")
         take("rank", 32 if tiny else 16, "a small model needs a large share of its width" if tiny else "as usual")
         small = shape is not None and shape.parameters < 500_000_000
         take("learning_rate", 3e-3 if tiny else 2e-3 if small else 1e-3,

@@ -7,7 +7,6 @@ tens and ones. Knows nothing about tokenizers or training.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from dsr1kit.compare import arithmetic, gym
 from dsr1kit.errors import UnknownName, UsageError
@@ -74,13 +73,13 @@ def arithmetic_examples(task: str, n: int, seed: int) -> list[Example]:
 
 
 def chain_sums(task: str, n: int, seed: int) -> list[Example]:
-    """`n` questions of reasoning-gym's chain_sum, worked out in tens and ones."""
+    """`n` questions of reasoning-gym's chain_sum, worked out from left to right in tens and ones."""
     found = []
     for item in gym.load(task, n, seed + _APART):
         chain = _CHAIN.search(item.prompt)
         if chain is None:
             raise UsageError(f"reasoning-gym's chain_sum has other words than those known: {item.prompt[:80]!r}")
-        trace, value = in_tens_and_ones(chain.group())
+        trace, value = tens_and_ones(chain.group())
         found.append(
             example(
                 item.prompt,
@@ -95,34 +94,24 @@ def chain_sums(task: str, n: int, seed: int) -> list[Example]:
     return found
 
 
-def in_tens_and_ones(chain: str) -> tuple[str, int]:
-    """A trace for sums and differences such as `64 + 25 - 93`, every line true, and the value.
+def tens_and_ones(chain: str) -> tuple[str, int]:
+    """A trace for sums and differences such as `64 + 25 - 3`, every line true, and the value.
 
-    What is added is put together, then what is taken away, then the smaller of both is taken from the larger, and the
-    sign stands in the last line: a small model that counts below zero goes astray. A number is added or taken away in
-    its decimal parts, the largest first, which is learnt sooner than a running total alone.
+    Each step takes the number away in its decimal parts, the largest first, which a small model learns sooner than
+    a running total alone.
     """
     first, *rest = chain.split()
-    signed = zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True)
-    terms = [int(text) if sign == "+" else -int(text) for sign, text in signed]
-    plus, minus = [term for term in terms if term >= 0], [-term for term in terms if term < 0]
-    lines: list[str] = []
-    more, less = (_moved(each[0], "+", each[1:], lines) if each else 0 for each in (plus, minus))
-    if minus:
-        lines.append(f"{more} {'<' if more < less else '>' if more > less else '='} {less}")
-        _moved(max(more, less), "-", [min(more, less)], lines)
-        if more < less:
-            lines.append(f"{more} - {less} = {more - less}")
-    return "\n".join(lines) or first, more - less
+    total, lines = int(first), []
+    for sign, text in zip(rest[::2], rest[1::2], strict=True):
+        less = "-" if text.startswith("-") else ""
+        for part in _parts(abs(int(text))):
+            step = part if (sign == "+") == (not less) else -part
+            lines.append(f"{total} {sign} {less}{part} = {total + step}")
+            total += step
+    return "\n".join(lines), total
 
 
-def _moved(total: int, sign: str, numbers: Sequence[int], lines: list[str]) -> int:
-    """`total` with the numbers added or taken away, part by part; each step becomes a line."""
-    for number in numbers:
-        digits = str(number)
-        parts = [int(digit) * 10 ** (len(digits) - 1 - at) for at, digit in enumerate(digits)]
-        for part in [part for part in parts if part] or [0]:
-            made = total + part if sign == "+" else total - part
-            lines.append(f"{total} {sign} {part} = {made}")
-            total = made
-    return total
+def _parts(number: int) -> list[int]:
+    digits = str(number)
+    parts = [int(digit) * 10 ** (len(digits) - 1 - at) for at, digit in enumerate(digits)]
+    return [part for part in parts if part] or [0]
