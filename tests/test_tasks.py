@@ -230,3 +230,17 @@ def test_what_is_practised_never_shows_a_step_that_is_asked_to_measure() -> None
         operands = [int(number) for number in re.findall(r"\d+", item.prompt.replace("\\boxed{}", ""))]
         assert len(operands) == 4
         assert all(arithmetic.side_of(*step) == "train" for step in arithmetic.chained(operands))
+
+
+def test_questions_of_a_generator_with_a_smaller_answer_are_left_out_where_that_is_wanted() -> None:
+    pytest.importorskip("reasoning_gym")
+    name = "reasoning-gym:chain_sum:max_terms=3,max_digits=2"
+    every, some = load_task(name, 120), load_task(f"{name},min_answer=0", 60)
+    kept = [item.id for item in every if float(item.gold) >= 0][:60]
+    assert any(float(item.gold) < 0 for item in every)
+    assert [item.id for item in some] == kept
+    assert verdict_of(Reply(Outcome.OK, answer=f"\\boxed{{{some[0].gold}}}"), some[0]) == "right"
+    with pytest.raises(UsageError, match="must be a number, not 'a'"):
+        load_task(f"{name},min_answer='a'", 2)
+    with pytest.raises(UsageError, match="answers that are no numbers"):
+        load_task("reasoning-gym:spell_backward:min_answer=0", 2)

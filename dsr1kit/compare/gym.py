@@ -32,6 +32,8 @@ PREFIX = "reasoning-gym:"
 Options = tuple[tuple[str, Any], ...]
 #: Questions that one generator is asked for; some arrange theirs by how many there are, so it is always as many.
 SIZE = 5_000
+#: An option of the kit's own, for any generator whose answers are numbers: those with a smaller one are left out.
+MIN_ANSWER = "min_answer"
 #: The longest answer, in characters, that a generator's scorer is given.
 LONGEST = 20_000
 
@@ -73,7 +75,8 @@ def facts(task: str) -> TaskFacts:
 def load(task: str, items: int, seed: int) -> list[Item]:
     """The first `items` questions of `reasoning-gym:NAME` or `reasoning-gym:NAME:OPTION=VALUE,...`, no two alike.
 
-    Options are the generator's own settings, such as `chain_sum:max_terms=3,max_digits=2`.
+    Options are the generator's own settings, such as `chain_sum:max_terms=3,max_digits=2`, and the kit's `min_answer`:
+    questions with a smaller answer are left out (0: none below zero).
 
     Raises:
         UnknownName: no such generator or option.
@@ -93,12 +96,16 @@ def load(task: str, items: int, seed: int) -> list[Item]:
 def _made(name: str, items: int, seed: int, options: Options = ()) -> list[dict[str, str]]:
     # Generators add a question's place to the seed: near seeds would share nearly all questions.
     own_seed = int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:4], "big") >> 1
+    least = dict(options).get(MIN_ANSWER)
+    options = tuple(option for option in options if option[0] != MIN_ANSWER)
     dataset = _dataset(name, own_seed, options)
     found: dict[str, dict[str, str]] = {}
     for index in range(SIZE):
         if len(found) == items:
             break
         entry = dataset[index]
+        if least is not None and not _at_least(entry["answer"], least, name):
+            continue
         question = str(entry["question"]).strip()
         reference: dict[str, Any] = {"generator": name, "seed": own_seed, "index": index, "question": hashed(question)}
         if options:
@@ -145,6 +152,15 @@ print("\\n\\n" + json.dumps(made))
 
 def _hashes_as_anywhere() -> bool:
     return sys.flags.hash_randomization == 0
+
+
+def _at_least(answer: Any, least: float, name: str) -> bool:
+    try:
+        return float(answer) >= least
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{PREFIX}{name} has answers that are no numbers ({str(answer)[:40]!r}): no {MIN_ANSWER}"
+        ) from None
 
 
 def _survives_json(entry: dict[str, Any]) -> bool:
@@ -218,12 +234,14 @@ def _known(task: str) -> tuple[str, Options]:
             raise UsageError(f"{task}: an option is NAME=VALUE, such as max_terms=3, not {part!r}") from None
     if options:
         fields = dataclasses.fields(_factory().DATASETS[name][1])
-        known = {field.name for field in fields} - {"seed", "size"}
-        for key, _ in options:
+        known = {field.name for field in fields} - {"seed", "size"} | {MIN_ANSWER}
+        for key, value in options:
             if key not in known:
                 raise UnknownName(f"option of {name}", key, known)
+            if key == MIN_ANSWER and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"{task}: {MIN_ANSWER} must be a number, not {value!r}")
         try:
-            _dataset(name, 0, tuple(options))
+            _dataset(name, 0, tuple(option for option in options if option[0] != MIN_ANSWER))
         except (AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"{task}: {str(error) or 'a value is out of range'}") from None
     return name, tuple(options)
