@@ -54,7 +54,7 @@ def test_sft_trains_measures_and_gives_one_object(run: tuple[Path, dict[str, Any
     assert told["tokens"] > 0
     assert told["facts"]["sources"] == {"worked:arithmetic:sum4": 64}
     assert {change["task"] for change in told["gain"]["changes"]} == {"arithmetic:sum4", "arithmetic"}
-    assert Path(told["gain"]["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert Path(told["gain"]["report"]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(run: tuple[Path, dict[str, Any]]) -> None:
@@ -132,9 +132,23 @@ def test_grpo_takes_steps_and_tells_its_alarms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("export", "absent", "--out", "r"), "absent is no folder of a run"),
+        (("evaluate", "--adapter", "absent", "--task", "arithmetic", "--out", "r"), "there is no adapter absent"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_what_is_not_there_is_told(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = finetune(*arguments[:-1], tmp_path / "r", code=1)
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (("sft", "--data", "absent.jsonl", "--out", "r"), "absent.jsonl"),
         (("sft", "--data", "worked:algebra", "--out", "r"), "algebra"),
-        (("sft", "--data", "set:OpenR2", "--out", "r"), "OpenR1-Math"),
+        (("sft", "--data", "set:OpenR2", "--out", "r"), "openr1-math"),
         (("sft", "--data", "worked:arithmetic:8", "--out", "r", "--rank", "5000"), "usual are 8 to 64"),
         (("sft", "--data", "worked:arithmetic:8", "--out", "r", "--learning-rate", "3"), "usual for LoRA"),
         (("sft", "--data", "worked:arithmetic:8", "--out", "r", "--method", "prefix"), "lora"),
@@ -142,8 +156,6 @@ def test_grpo_takes_steps_and_tells_its_alarms(tmp_path: Path) -> None:
         (("grpo", "--task", "gsm8k", "--measured", "gsm8k", "--out", "r"), "another one than gsm8k"),
         (("grpo", "--task", "practice:sum9", "--out", "r"), "sum9"),
         (("collect", "--teacher", "absent", "--task", "practice", "--out", "r"), "absent"),
-        (("export", "absent", "--out", "r"), "absent"),
-        (("evaluate", "--adapter", "absent", "--task", "arithmetic", "--out", "r"), "absent"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else None,
 )
