@@ -20,12 +20,12 @@ from dsr1kit.compare.items import Item
 from dsr1kit.compare.tasks import load_task
 from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.finetune import checkpoints
+from dsr1kit.finetune.checks import apart_from
 from dsr1kit.finetune.grpo import (
     GrpoSettings,
     Reinforced,
     RewardCurve,
     _advice,
-    apart_from,
     train_grpo,
     usual_learning_rate,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -166,7 +165,7 @@ def sft(
     Under `accelerate launch -m dsr1kit finetune sft ... --no-evaluate` several processes train together.
     """
     from dsr1kit.finetune.base import require_finetune
-    from dsr1kit.finetune.runs import processes
+    from dsr1kit.finetune.runs import is_first, processes
     from dsr1kit.finetune.settings import settings_for
     from dsr1kit.finetune.tuning import Measure, suited, tune
     from dsr1kit.progress import terminal_progress
@@ -175,7 +174,7 @@ def sft(
     require_finetune()
     if processes() > 1 and evaluate:
         raise UsageError("of several processes none measures: --no-evaluate, then dsr1kit finetune evaluate")
-    quiet = quiet or not _first()
+    quiet = quiet or not is_first()
     chosen = suited(model, max_length=max_length)
     settings = settings_for(
         model, chosen, method=method, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, steps=steps,
@@ -197,7 +196,7 @@ def sft(
                  on_step=_stepping(tell, "train"), on_progress=tell)
         )  # fmt: skip
     trained = done.trained
-    if not _first():
+    if not is_first():
         return
     _result(
         out, done.gain, as_json,
@@ -239,9 +238,10 @@ def grpo(
 ) -> None:
     """Reinforce an adapter with rewards that can be verified (GRPO), and measure before and after."""
     from dsr1kit.compare.tasks import load_task
+    from dsr1kit.finetune.checks import apart_from
     from dsr1kit.finetune.gain import GainSettings, measure_gain
     from dsr1kit.finetune.gain import questions as gain_questions
-    from dsr1kit.finetune.grpo import GrpoSettings, apart_from, train_grpo, usual_learning_rate
+    from dsr1kit.finetune.grpo import GrpoSettings, train_grpo, usual_learning_rate
     from dsr1kit.finetune.rewards import Rewards
     from dsr1kit.finetune.settings import AdapterSettings
     from dsr1kit.progress import terminal_progress
@@ -355,21 +355,9 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _usual_others(model: str) -> tuple[str, ...]:
     """What shows what was forgotten: what tiny-r1 and its descendants were taught, or the kit's own questions."""
-    from dsr1kit.errors import Dsr1kitError
-    from dsr1kit.local.hardware import SMALL
-    from dsr1kit.local.load import locate
-    from dsr1kit.local.shapes import find_shape
+    from dsr1kit.finetune.base import is_small
 
-    try:
-        small = find_shape(locate(model)[0]).parameters < SMALL
-    except Dsr1kitError:  # not known to the planner, or not fetched yet
-        small = False
-    return ("arithmetic",) if small else ("questions",)
-
-
-def _first() -> bool:
-    """Whether this process is the one that tells, of several that train together."""
-    return os.environ.get("RANK", "0") == "0"
+    return ("arithmetic",) if is_small(model) else ("questions",)
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def _made(name: str, items: int, seed: int, options: Options = ()) -> list[dict[
     # Generators add a question's place to the seed: near seeds would share nearly all questions.
     own_seed = int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:4], "big") >> 1
     least = dict(options).get(MIN_ANSWER)
-    options = tuple(option for option in options if option[0] != MIN_ANSWER)
+    options = _of_generator(options)
     dataset = _dataset(name, own_seed, options)
     found: dict[str, dict[str, str]] = {}
     for index in range(SIZE):
@@ -241,10 +242,15 @@ def _known(task: str) -> tuple[str, Options]:
             if key == MIN_ANSWER and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{task}: {MIN_ANSWER} must be a number, not {value!r}")
         try:
-            _dataset(name, 0, tuple(option for option in options if option[0] != MIN_ANSWER))
+            _dataset(name, 0, _of_generator(options))
         except (AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"{task}: {str(error) or 'a value is out of range'}") from None
     return name, tuple(options)
+
+
+def _of_generator(options: Iterable[tuple[str, Any]]) -> Options:
+    """Without the kit's own option."""
+    return tuple(option for option in options if option[0] != MIN_ANSWER)
 
 
 @lru_cache(maxsize=8)

@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dsr1kit.errors import MissingExtra, ModelError, RunError
+from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, RunError
 from dsr1kit.finetune.settings import AdapterSettings
-from dsr1kit.local.load import LoadedModel, load
+from dsr1kit.local.hardware import SMALL
+from dsr1kit.local.load import LoadedModel, load, locate
+from dsr1kit.local.shapes import find_shape
 
 #: Linear layers of the architectures that R1 and its distills have; routers and fused experts are none of them.
 _LINEAR = frozenset({
@@ -28,6 +30,14 @@ def require_finetune() -> None:
     for package, called in (("trl", "TRL"), ("peft", "PEFT"), ("datasets", "datasets")):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra("fine-tuning", "finetune", called)
+
+
+def is_small(model: str) -> bool:
+    """Whether a model is as small as tiny-r1 and what is made of it; False where its size is not known here."""
+    try:
+        return find_shape(locate(model)[0]).parameters < SMALL
+    except Dsr1kitError:  # not known to the planner, or not fetched yet
+        return False
 
 
 def open_base(model: str, *, method: str, dtype: str, device: str) -> LoadedModel:

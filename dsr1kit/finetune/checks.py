@@ -238,6 +238,12 @@ def worded(text: str) -> str:
     return " ".join(_words(text, _SIGNED))
 
 
+def apart_from(items: Sequence[Item], evaluation: Iterable[Item]) -> list[Item]:
+    """The questions that the evaluation does not ask, by their words."""
+    asked = {worded(item.prompt) for item in evaluation}
+    return [item for item in items if worded(item.prompt) not in asked]
+
+
 def _words(text: str, word: re.Pattern[str] = _WORD) -> list[str]:
     """Words of a text, Chinese signs singly, without R1's instruction, which all questions share."""
     joined = " ".join(word.findall(unicodedata.normalize("NFKC", text)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,28 @@ from typing import Any
 from dsr1kit.compare.items import Item, digest
 from dsr1kit.compare.judge import Judge
 from dsr1kit.compare.tasks import load_task
-from dsr1kit.errors import Dsr1kitError, RunError, UnknownName, UsageError
+from dsr1kit.errors import RunError, UnknownName, UsageError
 from dsr1kit.finetune.alarms import Alarm, Watch, too_long
-from dsr1kit.finetune.base import in_full_precision, in_order, open_base, put_adapter, require_finetune, shortage_told
-from dsr1kit.finetune.checks import worded
+from dsr1kit.finetune.base import (
+    in_full_precision,
+    in_order,
+    is_small,
+    open_base,
+    put_adapter,
+    require_finetune,
+    shortage_told,
+)
 from dsr1kit.finetune.data import example
 from dsr1kit.finetune.encode import Encoded, encode
 from dsr1kit.finetune.rewards import Rewards, answer_of, cut_off, form_of, length_of
 from dsr1kit.finetune.runs import Run, processes
-from dsr1kit.finetune.selfcheck import GradientCheck, check_gradients, require_gradients
+from dsr1kit.finetune.selfcheck import GradientCheck, checked_gradients
 from dsr1kit.finetune.settings import SCHEDULES, AdapterSettings
 from dsr1kit.finetune.sft import facts_of, precision_of
 from dsr1kit.finetune.trainers import OnStep, follow, safe
-from dsr1kit.local.hardware import SMALL, look
-from dsr1kit.local.load import LoadedModel, locate, quiet
+from dsr1kit.local.hardware import look
+from dsr1kit.local.load import LoadedModel, quiet
 from dsr1kit.local.prompts import prompt_of
-from dsr1kit.local.shapes import find_shape
 from dsr1kit.records import Outcome, Reply, Sampling
 
 
@@ -100,11 +106,7 @@ class GrpoSettings:
 
 def usual_learning_rate(model: str) -> float:
     """What small and large models bear."""
-    try:
-        small = find_shape(locate(model)[0]).parameters < SMALL
-    except Dsr1kitError:  # not known to the planner, or not fetched yet
-        small = False
-    return 1e-3 if small else 1e-5
+    return 1e-3 if is_small(model) else 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +238,7 @@ def train_grpo(
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model)
         with shortage_told(lambda: _advice(settings)):
-            gradients = None
-            if loaded.quantization != "none":
-                gradients = check_gradients(model, [_worked_row(loaded, asked[0])])
-                require_gradients(gradients)
-                tell(f"gradients agree with the dequantized weights' (cosine {gradients.cosine:.4f})")
+            gradients = checked_gradients(loaded, model, lambda: _worked_row(loaded, asked[0]), tell)
             following = follow(on_step, value="rewards/right/mean")
             trainer = _trainer(
                 settings, loaded, model, asked, run.checkpoints, [following, _watching(watch, settings, tell)]
@@ -259,12 +257,6 @@ def train_grpo(
     if trainer.is_world_process_zero():
         run.finish(model, asdict(found))
     return found
-
-
-def apart_from(items: Sequence[Item], evaluation: Iterable[Item]) -> list[Item]:
-    """The questions that the evaluation does not ask, by their words."""
-    asked = {worded(item.prompt) for item in evaluation}
-    return [item for item in items if worded(item.prompt) not in asked]
 
 
 def _worked_row(loaded: LoadedModel, item: Item) -> Encoded:

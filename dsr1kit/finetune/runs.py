@@ -74,7 +74,7 @@ class Run:
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)  # the kit tells how it goes
-        if _first():
+        if is_first():
             checkpoints.clear_halves(self.checkpoints)
         last = checkpoints.newest(self.checkpoints)
         if last is not None:
@@ -113,7 +113,7 @@ class Run:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _write(self) -> None:
-        if not _first():
+        if not is_first():
             return
         part = self._path.with_suffix(".part")
         try:
@@ -136,8 +136,8 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _first() -> bool:
-    """Whether this process is the one that writes, of several that train together."""
+def is_first() -> bool:
+    """Whether this process is the one that writes and tells, of several that train together."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsr1kit.errors import ModelError
 from dsr1kit.finetune.encode import Encoded
+from dsr1kit.local.load import LoadedModel
 
 #: Below this cosine training is refused.
 LEAST = 0.99
@@ -117,6 +118,27 @@ def require_gradients(found: GradientCheck) -> None:
         f"{LEAST} is needed; {found.worst:.3f} in {found.worst_layer}): the loss would fall and the model learn "
         f"nothing. {why[0].upper()}{why[1:]}"
     )
+
+
+def checked_gradients(
+    loaded: LoadedModel, model: Any, row: Callable[[], Encoded], tell: Callable[[str], None]
+) -> GradientCheck | None:
+    """The self-check before the first step, told where it holds; None for weights that are not quantized.
+
+    Args:
+        loaded, model: the base, and it with its adapter.
+        row: one row to train on; asked for where it is needed.
+        tell: called with a line.
+
+    Raises:
+        ModelError: the gradients are wrong.
+    """
+    if loaded.quantization == "none":
+        return None
+    found = check_gradients(model, [row()])
+    require_gradients(found)
+    tell(f"gradients agree with the dequantized weights' (cosine {found.cosine:.4f})")
+    return found
 
 
 def _cosine(a: Sequence[Any], b: Sequence[Any]) -> float:

@@ -30,7 +30,7 @@ from dsr1kit.finetune.data import Example, instructed
 from dsr1kit.finetune.encode import IGNORED, Encoded, encode_all, whole_conversations
 from dsr1kit.finetune.rows import row_order, steps_for
 from dsr1kit.finetune.runs import Run, processes
-from dsr1kit.finetune.selfcheck import GradientCheck, check_gradients, require_gradients
+from dsr1kit.finetune.selfcheck import GradientCheck, checked_gradients
 from dsr1kit.finetune.settings import SftSettings
 from dsr1kit.finetune.trainers import Curve, OnStep, follow, safe, score_counted_alone
 from dsr1kit.local.load import LoadedModel, quiet
@@ -113,12 +113,8 @@ def train_sft(
         rows, left_out = _rows(loaded, settings, data, tell)
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model) | {"sources": sources_of(examples)}
-        with shortage_told(lambda: advice(**_for_advice(settings))):
-            gradients = None
-            if loaded.quantization != "none":
-                gradients = check_gradients(model, rows[:1])
-                require_gradients(gradients)
-                tell(f"gradients agree with the dequantized weights' (cosine {gradients.cosine:.4f})")
+        with shortage_told(lambda: _advice(settings)):
+            gradients = checked_gradients(loaded, model, lambda: rows[0], tell)
             trainer, following, steps = _trainer(settings, loaded, model, rows, run.checkpoints, on_step)
             resumed_at = run.train(trainer, tell)
     used = [trainer.train_dataset[at] for at in range(resumed_at * trainer.global_batch, len(trainer.train_dataset))]
@@ -243,15 +239,15 @@ def precision_of(loaded: LoadedModel) -> dict[str, bool]:
     return {"bf16": loaded.dtype == "bfloat16", "fp16": loaded.dtype == "float16"}
 
 
-def _for_advice(settings: SftSettings) -> dict[str, Any]:
-    return {
-        "batch_size": settings.batch_size,
-        "accumulation": settings.accumulation,
-        "checkpointing": settings.checkpointing,
-        "max_length": settings.max_length,
-        "method": settings.adapter.method,
-        "rank": settings.adapter.rank,
-    }
+def _advice(settings: SftSettings) -> str:
+    return advice(
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        checkpointing=settings.checkpointing,
+        max_length=settings.max_length,
+        method=settings.adapter.method,
+        rank=settings.adapter.rank,
+    )
 
 
 def facts_of(loaded: LoadedModel, model: Any) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dsr1kit.errors import UsageError
-from dsr1kit.local.load import locate, quiet
+from dsr1kit.local.load import load, quiet
 
 
 def student_of(source: str | Path, layers: Sequence[int]) -> tuple[Any, Any]:
     """A model of some of another's layers, and its tokenizer.
 
     Args:
-        source: `tiny-r1`, a folder or a hub id of safetensors; it is left as it is.
+        source: as for `LocalModel`; it is left as it is.
         layers: numbers of the blocks that are kept, from 0, rising.
 
     Returns:
@@ -26,19 +26,13 @@ def student_of(source: str | Path, layers: Sequence[int]) -> tuple[Any, Any]:
 
     Raises:
         UsageError: no layer, one that is not there, or not rising.
-        ModelError: the source is not there.
+        ModelError: the source cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, gguf = locate(str(source))
-    if gguf:
-        raise UsageError(f"{source} is a GGUF file; a student is made from a folder of safetensors")
     with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        loaded = load(str(source), "none", "cpu", "float32", None)
+    model: Any = loaded.model
     whole = model.model.layers
     kept = list(layers)
     if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(whole):
@@ -49,4 +43,4 @@ def student_of(source: str | Path, layers: Sequence[int]) -> tuple[Any, Any]:
     model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[at] for at in kept]
-    return model, tokenizer
+    return model, loaded.tokenizer
