@@ -19,9 +19,9 @@ from dsr1kit.compare.arithmetic_traces import (
     SIGNS,
     apply,
     compare_numbers,
-    divide_by_seven,
     false_statements,
     pick,
+    remainder_by_seven,
     solve,
 )
 from dsr1kit.errors import UnknownName, UsageError
@@ -219,7 +219,7 @@ def _comparison(rng: random.Random) -> Problem:
 def _remainder7(rng: random.Random) -> Problem:
     language, number = _language(rng), rng.randint(100, 999)
     question = rng.choice(texts.REMAINDER[language]).format(number)
-    lines = divide_by_seven(number)
+    lines = remainder_by_seven(number)
     return _finish("remainder7", language, question, lines, "remainder", [number, 7], number % 7)
 
 
