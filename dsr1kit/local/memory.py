@@ -26,8 +26,8 @@ PRECISION_OF = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit"
 GROWTH = 1.25  # by this factor its attention cache grows when it is full
 RANK = 16  # of an adapter on all linear layers
 # Measured resident sizes after imports and a small forward pass (Linux x86-64, torch 2.13, transformers 5.23); for
-# bitsandbytes with what its packing leaves behind in the allocator, which varies by some 100 MiB.
-_PROCESS, _BITSANDBYTES, _LLAMA_CPP = 400 * MIB, 180 * MIB, 100 * MIB
+# bitsandbytes with what its packing at the first product leaves behind in the allocator.
+_PROCESS, _BITSANDBYTES, _LLAMA_CPP = 400 * MIB, 100 * MIB, 100 * MIB
 _CUDA = 600 * MIB  # context, libraries' kernels, cuBLAS workspaces and rounding of blocks
 # Bits a weight of llama.cpp's block formats: 256 weights with their scales in 144, 176, 210 bytes; 32 in 22 and 34.
 _Q4_K, _Q5_K, _Q6_K, _Q5_0, _Q8_0 = 4.5, 5.5, 6.5625, 5.5, 8.5
@@ -108,7 +108,7 @@ def need(
     - activations: T (max(3 f, 3 q + 3 k) b + 3 d b + 8 d); one layer's cache repeated to the query heads; a mask of
       T * context; logits of the last position with what sampling in fp64 holds (44 V batch); for quantized weights
       the largest matrix once in 16 bits. llama.cpp: 512 (V + 2 d) values in fp32.
-    - overhead: a process with torch and transformers (400 MiB, 180 more with bitsandbytes) or, on a GPU, the context
+    - overhead: a process with torch and transformers (400 MiB, 100 more with bitsandbytes) or, on a GPU, the context
       (600 MiB on each); host memory of a GPU's process is not counted,
       nor are pages of the weights file that a processor maps while it converts them: the kernel takes those back.
     - fine-tuning: adapter matrices r (rows + columns) of all linear layers in fp32, as much of gradients, twice that
