@@ -27,6 +27,7 @@ from dsr1kit.finetune.base import (
     require_finetune,
     shortage_told,
 )
+from dsr1kit.finetune.curves import RewardCurve
 from dsr1kit.finetune.data import example
 from dsr1kit.finetune.encode import Encoded, encode
 from dsr1kit.finetune.rewards import Rewards, answer_of, cut_off, form_of, length_of
@@ -107,70 +108,6 @@ class GrpoSettings:
 def usual_learning_rate(model: str) -> float:
     """What small and large models bear."""
     return 1e-3 if is_small(model) else 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class RewardCurve:
-    """How a reinforcement went, one entry a step.
-
-    Attributes:
-        steps: numbers, from 1.
-        right: share of right completions; reward: the weighted sum of all rewards, mean.
-        spread: share of groups in which the completions differ in reward, the only ones that teach.
-        clipped: share of completions cut by the limit; tokens: their mean length.
-        entropy: mean of the completions' tokens, in nats.
-    """
-
-    steps: tuple[int, ...]
-    right: tuple[float, ...]
-    reward: tuple[float, ...]
-    spread: tuple[float, ...]
-    clipped: tuple[float, ...]
-    tokens: tuple[float, ...]
-    entropy: tuple[float, ...]
-
-    @classmethod
-    def of(cls, history: Sequence[dict[str, Any]]) -> RewardCurve:
-        """From a trainer's log."""
-        rows = [row for row in history if "frac_reward_zero_std" in row]
-
-        def column(name: str, of: Callable[[float], float] = float) -> tuple[float, ...]:
-            return tuple(of(float(row.get(name) or 0.0)) for row in rows)
-
-        return cls(
-            tuple(int(row["step"]) for row in rows), column("rewards/right/mean"), column("reward"),
-            column("frac_reward_zero_std", lambda even: 1 - even), column("completions/clipped_ratio"),
-            column("completions/mean_length"), column("entropy"),
-        )  # fmt: skip
-
-    def figure(self) -> Any:
-        """Share of right completions above; spread and clipped share below."""
-        from matplotlib.figure import Figure
-
-        from dsr1kit.compare.figures import COLOURS
-
-        drawing = Figure(figsize=(7.4, 5.0), layout="constrained")
-        above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        span = max(1, len(self.right) // 12)
-
-        def smooth(values: Sequence[float]) -> list[float]:
-            parts = [values[max(0, at - span) : at + 1] for at in range(len(values))]
-            return [100 * sum(part) / len(part) for part in parts]
-
-        above.plot(self.steps, [100 * r for r in self.right], color=COLOURS[0], alpha=0.3, lw=1, label="each step")
-        above.plot(self.steps, smooth(self.right), color=COLOURS[0], lw=2, label=f"mean of {span + 1} steps")
-        above.set_ylabel("right completions (%)")
-        below.plot(self.steps, smooth(self.spread), color=COLOURS[2], lw=2, label="groups that teach")
-        below.plot(self.steps, smooth(self.clipped), color=COLOURS[1], lw=2, ls="--", label="cut by the limit")
-        below.set_ylabel("share (%)")
-        below.set_xlabel("step")
-        for axes in (above, below):
-            axes.set_ylim(-3, 103)
-            axes.legend(frameon=False, fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-            axes.tick_params(labelsize=9)
-        return drawing
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,14 @@ from dsr1kit.finetune.base import (
     require_finetune,
     shortage_told,
 )
+from dsr1kit.finetune.curves import Curve
 from dsr1kit.finetune.data import Example, instructed
 from dsr1kit.finetune.encode import IGNORED, Encoded, encode_all, whole_conversations
 from dsr1kit.finetune.rows import row_order, steps_for
 from dsr1kit.finetune.runs import Run, processes
 from dsr1kit.finetune.selfcheck import GradientCheck, checked_gradients
 from dsr1kit.finetune.settings import SftSettings
-from dsr1kit.finetune.trainers import Curve, OnStep, follow, safe, score_counted_alone
+from dsr1kit.finetune.trainers import OnStep, follow, safe, score_counted_alone
 from dsr1kit.local.load import LoadedModel, quiet
 
 __all__ = ["Trained", "train_sft"]

@@ -1,5 +1,4 @@
-"""What the kit adds to TRL's trainers: whole checkpoints, an order of its own, less work in the head, progress, and the
-curve of a run.
+"""What the kit adds to TRL's trainers: whole checkpoints, an order of its own, less work in the head, and progress.
 
 Knows transformers' Trainer; nothing about data or models.
 """
@@ -9,8 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,66 +18,12 @@ from dsr1kit.finetune.base import disk_told
 from dsr1kit.finetune.encode import IGNORED
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 #: (step, steps, the loss or another value, seconds left)
 OnStep = Callable[[int, int, float, float], None]
 #: Positions whose scores over the whole vocabulary are held at once.
 _SCORED_AT_ONCE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """How a training went, one entry a step.
-
-    Attributes:
-        steps: numbers, from 1.
-        losses: mean cross-entropy of the tokens that count, in nats.
-        learning_rates: of the step.
-        grad_norms: before clipping.
-    """
-
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
-    learning_rates: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-
-    @classmethod
-    def of(cls, history: Sequence[Mapping[str, Any]]) -> Curve:
-        """From a trainer's log."""
-        rows = [row for row in history if "loss" in row and "learning_rate" in row]
-        return cls(
-            tuple(int(row["step"]) for row in rows),
-            tuple(float(row["loss"]) for row in rows),
-            tuple(float(row["learning_rate"]) for row in rows),
-            tuple(float(row.get("grad_norm") or 0.0) for row in rows),
-        )
-
-    def figure(self) -> Figure:
-        """Loss by step above, the learning rate below."""
-        from matplotlib.figure import Figure
-
-        from dsr1kit.compare.figures import COLOURS
-
-        drawing = Figure(figsize=(7.4, 4.2), layout="constrained")
-        above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        above.plot(self.steps, self.losses, color=COLOURS[0], alpha=0.35, linewidth=1, label="each step")
-        smooth, span = [], max(1, len(self.losses) // 20)
-        for at in range(len(self.losses)):
-            part = self.losses[max(0, at - span) : at + 1]
-            smooth.append(sum(part) / len(part))
-        above.plot(self.steps, smooth, color=COLOURS[0], linewidth=2, label=f"mean of {span + 1} steps")
-        above.set_ylabel("loss (nats a token)")
-        above.set_ylim(bottom=0)
-        above.legend(frameon=False, fontsize=9)
-        below.plot(self.steps, self.learning_rates, color=COLOURS[1], linewidth=2)
-        below.set_ylabel("learning rate")
-        below.set_xlabel("step")
-        for axes in (above, below):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-            axes.tick_params(labelsize=9)
-        return drawing
 
 
 def safe(trainer: type) -> type:
