@@ -16,7 +16,7 @@ from dsr1kit.compare.settings import RunSettings
 from dsr1kit.compare.stats import Interval, PairedDifference, clustered_share, paired_difference
 from dsr1kit.errors import UsageError
 from dsr1kit.local.model import LocalModel
-from dsr1kit.records import Sampling
+from dsr1kit.records import Outcome, Sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +31,16 @@ class Stage:
         parameters: number of its weights.
         accuracy: share of right answers by task, with intervals.
         gained: by task, the difference to the stage before over the same questions; None for the first.
+        cut: by task, answers that ran into the limit of tokens, which are mostly wrong for it.
+        whole: as `accuracy`, of the others alone; a task whose answers were all cut is not in it.
     """
 
     name: str
     parameters: int
     accuracy: Mapping[str, Interval]
     gained: Mapping[str, PairedDifference | None]
+    cut: Mapping[str, int]
+    whole: Mapping[str, Interval]
 
 
 async def measure_stages(
@@ -66,9 +70,10 @@ async def measure_stages(
     drawn = RunSettings(channels=("stage",), seed=seed, sampling=sampling)
     right: dict[str, dict[str, dict[str, list[bool]]]] = {}
     sizes: dict[str, int] = {}
+    cut: dict[str, dict[str, set[str]]] = {}
     async with Judge() as judge:
         for name, source in models.items():
-            right[name] = {}
+            right[name], cut[name] = {}, {}
             async with LocalModel(source, name=name) as local:
                 sizes[name] = local.loaded.parameters
                 for task, items in asked.items():
@@ -85,24 +90,34 @@ async def measure_stages(
                     )
                     verdicts = [await judge.verdict(r, item) for r, item in zip(replies, items, strict=True)]
                     right[name][task] = {i.id: [v == "right"] for i, v in zip(items, verdicts, strict=True)}
+                    cut[name][task] = {
+                        i.id for i, r in zip(items, replies, strict=True) if r.outcome == Outcome.TRUNCATED
+                    }
     found = []
     before: str | None = None
     for name in models:
         accuracy = {task: share for task in asked if (share := clustered_share(right[name][task])) is not None}
+        ended = {task: {i: v for i, v in right[name][task].items() if i not in cut[name][task]} for task in asked}
+        whole = {task: share for task in asked if (share := clustered_share(ended[task])) is not None}
         gained = {
             task: None if before is None else paired_difference(right[name][task], right[before][task])
             for task in asked
         }
-        found.append(Stage(name, sizes[name], accuracy, gained))
+        counts = {task: len(ids) for task, ids in cut[name].items()}
+        found.append(Stage(name, sizes[name], accuracy, gained, counts, whole))
         before = name
     return found
 
 
 def stages_table(stages: Sequence[Stage]) -> pd.DataFrame:
-    """One row a stage: weights, percent right by task, and what the stage gained in points, with 95 % intervals."""
+    """One row a stage: weights, percent right by task, and what the stage gained in points, with 95 % intervals.
+
+    Where answers of a task were cut, so many, and the percent right without them.
+    """
     import pandas as pd
 
     rows = {}
+    cut_somewhere = {task for stage in stages for task, count in stage.cut.items() if count}
     for stage in stages:
         row: dict[str, object] = {"weights": f"{stage.parameters:,}"}
         for task, share in stage.accuracy.items():
@@ -112,6 +127,11 @@ def stages_table(stages: Sequence[Stage]) -> pd.DataFrame:
                 "" if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
                 + ("" if gap.excludes_zero else ", not shown")
             )  # fmt: skip
+            if task in cut_somewhere:
+                rest = stage.whole.get(task)
+                row[f"{task}, cut"] = f"{stage.cut[task]}" + (
+                    f"; {100 * rest.value:.1f} % without" if rest is not None and stage.cut[task] else ""
+                )
         rows[stage.name] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
