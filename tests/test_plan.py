@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from dsr1kit.compare.durations import Load, hosted_duration, whole_duration
 from dsr1kit.compare.journal import Journal
 from dsr1kit.compare.plan import ComparisonPlan, PlanSettings, plan_comparison
+from dsr1kit.compare.plan_figures import costs_table
 from dsr1kit.compare.power import items_to_detect
 from dsr1kit.errors import Dsr1kitError, UnknownName, UsageError
 
@@ -209,6 +211,14 @@ def test_a_channels_longest_output_bounds_what_it_can_cost(planned: Any) -> None
     plan = planned("b-elsewhere", items=10)
     assert plan.channels[0].estimate.completion_most == 20_000
     assert "2,000 tokens" in " ".join(plan.channels[0].notes)
+
+
+def test_the_table_shows_whole_tokens_and_leaves_unknown_ones_open(planned: Any, earlier: Path) -> None:
+    plan = planned("a", "unpriced", like=earlier)
+    table = costs_table(plan)
+    assert [str(table[column].dtype) for column in ("tokens in", "tokens out")] == ["Int64", "Int64"]
+    assert table.loc["a", "tokens out"] == round(plan.channels[0].estimate.completion_tokens)
+    assert pd.isna(table.loc["unpriced", "tokens out"])
 
 
 def test_a_local_model_costs_nothing_and_its_prompts_are_counted_by_its_own_tokenizer(planned: Any) -> None:

@@ -52,7 +52,10 @@ def costs_table(plan: ComparisonPlan) -> pd.DataFrame:
             "currency": guess.currency,
             "a request takes s": channel.each_s,
         }
-    return pd.DataFrame.from_dict(rows, orient="index").round(4)
+    table = pd.DataFrame.from_dict(rows, orient="index").round(4)
+    for column in ("tokens in", "tokens out"):
+        table[column] = table[column].astype("Float64").round().astype("Int64")
+    return table
 
 
 def detectable_figure(
