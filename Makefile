@@ -25,6 +25,8 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check \
 # MPLBACKEND, where set, keeps figures out of notebooks' outputs.
 CALM = env -u MPLBACKEND HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST = $(CALM) $(PY) -m pytest
+# Test processes side by side have a share of the cores each: more threads than cores wait for one another.
+SIDE_BY_SIDE = $(CALM) OMP_NUM_THREADS=$$((($$(nproc) + $(WORKERS) - 1) / $(WORKERS))) $(PY) -m pytest -n $(WORKERS)
 
 STEPS := lint types unit nbval papermill wheel
 
@@ -67,17 +69,17 @@ step-types: $(VENV)/.installed-test
 	$(PY) -m mypy
 
 step-unit: $(VENV)/.installed-test
-	$(PYTEST) -n $(WORKERS) --ignore tests/notebooks/test_papermill.py
+	$(SIDE_BY_SIDE) --ignore tests/notebooks/test_papermill.py
 
 # Each notebook as committed: its own parameters, its marked outputs compared. All cells of one run in order
 # in one process. The longest cell may train for minutes.
 step-nbval: $(VENV)/.installed-test
-	$(if $(NOTEBOOKS),$(PYTEST) --nbval-lax --nbval-current-env --timeout 900 -n $(WORKERS) $(NOTEBOOKS),@echo none)
+	$(if $(NOTEBOOKS),$(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --timeout 900 $(NOTEBOOKS),@echo none)
 
 # Each notebook from an empty folder, with the parameters and limits of data/notebooks.yaml.
 step-papermill: $(VENV)/.installed-test
 	NOTEBOOK_RUNS=$(CURDIR)/runs/notebooks \
-		$(PYTEST) -n $(WORKERS) --dist worksteal --durations 0 tests/notebooks/test_papermill.py
+		$(SIDE_BY_SIDE) --dist worksteal --durations 0 tests/notebooks/test_papermill.py
 
 step-wheel: $(VENV)/.installed-test
 	$(CALM) TORCH_INDEX=$(TORCH_INDEX) $(PY) tests/wheel_check.py
