@@ -207,6 +207,18 @@ def test_cancelling_stops_the_generation_at_once():
     assert reply.timing.queue_s < 0.5
 
 
+def test_the_first_request_finds_4bit_weights_packed_already():
+    async def packed_and_compute_dtypes(model):
+        layers = [one for one in model.loaded.model.modules() if type(one).__name__ == "Linear4bit"]
+        return [(getattr(one.weight.quant_state, "packing_format_for_cpu", False), one.compute_type_is_set,
+                 one.support_avx512bf16_for_cpu) for one in layers]  # fmt: skip
+
+    found = run(packed_and_compute_dtypes, quantization="4bit")
+    assert found
+    # Where the processor multiplies bfloat16 they are packed, elsewhere they are never.
+    assert all(packed == packs and ready for packed, ready, packs in found)
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantized_models_load_and_answer(quantization, capfd, caplog):
     with caplog.at_level(logging.WARNING):

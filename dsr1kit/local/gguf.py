@@ -180,5 +180,5 @@ def _mended(tokenizer: Any, path: Path) -> Any:
 def _fits_half(model: Any) -> bool:
     import torch
 
-    largest = max(float(weight.abs().max()) for weight in model.parameters() if weight.numel())
+    largest = max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
     return largest < float(torch.finfo(torch.float16).max)

@@ -22,6 +22,7 @@ from dsr1kit.local.load import (
     QUANTIZATIONS,
     LoadedModel,
     Quantization,
+    give_back_freed,
     load,
     locate,
     quiet,
@@ -328,6 +329,11 @@ class LocalModel:
 
         loaded = load(self.source, self.quantization, self._device, self._dtype, self._threads)
         self._all_threads = torch.get_num_threads()
+        if loaded.device == "cpu" and loaded.quantization != "none":
+            # bitsandbytes packs the weights at their first product: no request is to wait for that.
+            with torch.inference_mode():
+                loaded.model(torch.zeros((1, 1), dtype=torch.long))
+            give_back_freed()
         adapters = Adapters(loaded, self.source)
         for name, folder in self._wanted_adapters.items():
             adapters.load(folder, name)
