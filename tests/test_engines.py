@@ -179,9 +179,12 @@ def test_an_engine_that_dies_while_loading_is_told_with_its_exit_code_and_its_la
 
 
 def test_the_cause_is_told_where_the_last_exception_only_points_back_to_it(monkeypatch):
-    message = failed(fake("points back", monkeypatch))
-    assert "ended with exit code 1: ValueError: the heads are not divisible. Likely its weights" in message
-    assert "frame" not in message
+    first, *tail = failed(fake("points back", monkeypatch)).splitlines()
+    assert "ended with exit code 1: ValueError: the heads are not divisible. Likely its weights" in first
+    assert "frame" not in first
+    assert first.endswith(", which ends:")
+    assert tail[0].split()[0] == "frame"
+    assert len(tail) == 8
 
 
 def test_an_older_run_in_the_same_log_is_not_taken_for_the_cause(monkeypatch, tmp_path):

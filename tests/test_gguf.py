@@ -145,6 +145,17 @@ def test_a_gguf_file_says_what_the_same_weights_say_and_is_converted_once(tiny_g
     assert folder.is_dir()
 
 
+def test_one_byte_anywhere_in_a_large_file_makes_another_model(tmp_path):
+    one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
+    held = bytearray(20 * 2**20)
+    one.write_bytes(held)
+    held[7 * 2**20] = 1
+    other.write_bytes(held)
+    assert converter._fingerprint(one) != converter._fingerprint(other)
+    shutil.copy(one, tmp_path / "copy.gguf")
+    assert converter._fingerprint(tmp_path / "copy.gguf") == converter._fingerprint(one)
+
+
 def test_r1s_special_tokens_keep_their_ids(tiny_gguf, cache):
     """The full-width bars in them are no bytes of a byte-level vocabulary, and transformers falls for that."""
     from transformers import AutoTokenizer
@@ -351,6 +362,21 @@ def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
     assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
     assert "damaged" not in pickled
     assert "holds GGUF files (2): fetch one (dsr1kit weights someone/packed)" in packed
+
+
+def test_a_damaged_folder_is_no_hubs_business_though_its_path_looks_like_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file in (("config", "config.json"), ("words", "tokenizer.json")):
+        shutil.copytree(TINY, tmp_path / "bad" / name)
+        (tmp_path / "bad" / name / file).write_text((TINY / file).read_text()[:200])
+    for told in opened("bad/config", "bad/words", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"):
+        assert "not on this machine" not in told
+        assert "dsr1kit weights" not in told
+        assert "copy or fetch it again, whole" in told
+    with loopback.running() as hub:
+        hub.push("bad/config", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+        (told,) = opened("bad/config", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0")
+    assert "pickle" not in told
 
 
 def test_offline_a_model_that_is_not_there_says_so(tmp_path):

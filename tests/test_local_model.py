@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -205,6 +207,50 @@ def test_cancelling_stops_the_generation_at_once():
     assert late == 0
     assert reply.outcome is Outcome.OK
     assert reply.timing.queue_s < 0.5
+
+
+def test_cancelling_does_not_wait_for_what_is_being_loaded(monkeypatch):
+    from dsr1kit.local import model as module
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load(*_):
+        begun.set()
+        assert go_on.wait(60)
+        raise ModelError("it came to nothing")
+
+    monkeypatch.setattr(module, "load", load)
+
+    async def scenario():
+        opening = asyncio.ensure_future(LocalModel("tiny-r1").__aenter__())
+        await asyncio.to_thread(begun.wait, 60)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert not go_on.is_set()
+
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 30))
+    finally:
+        go_on.set()
+
+
+def test_an_error_while_loading_keeps_nothing_of_the_model(tmp_path):
+    import torch
+
+    folder = tmp_path / "silent"
+    shutil.copytree(data_dir() / "tiny-r1", folder)
+    (folder / "chat_template.jinja").unlink()
+
+    def held():
+        gc.collect()
+        return sum(isinstance(one, torch.nn.Linear) for one in gc.get_objects())
+
+    before = held()
+    with pytest.raises(ModelError, match="no chat template") as raised:
+        ask(source=str(folder))
+    assert raised.value.__traceback__ is not None
+    assert held() == before
 
 
 def test_the_first_request_finds_4bit_weights_packed_already():

@@ -449,10 +449,10 @@ def test_rows_that_do_not_fit_are_left_out_and_told_and_none_left_is_refused(
     examples: list[Example], tmp_path: Path
 ) -> None:
     said: list[str] = []
-    found = train_sft(short(max_length=60), examples, tmp_path / "run", on_text=said.append)
+    found = train_sft(short(max_length=90), examples, tmp_path / "run", on_text=said.append)
     assert 0 < found.left_out < len(examples)
     assert found.rows + found.left_out == len(examples)
-    assert said == [f"{found.left_out} of 30 rows are longer than 60 tokens and left out, not cut"]
+    assert said == [f"{found.left_out} of 30 rows are longer than 90 tokens and left out, not cut"]
     with pytest.raises(UsageError, match=r"no row of 30 fits 8 tokens \(the shortest has \d+\): raise --max-length"):
         train_sft(short(max_length=8), examples, tmp_path / "none")
 
@@ -465,7 +465,7 @@ def test_packed_rows_train_as_if_each_stood_alone(examples: list[Example], tmp_p
     alone = train_sft(short(steps=3, batch_size=12, accumulation=1), some, tmp_path / "alone")
     # All rows in two packs: the same step.
     packed = train_sft(
-        short(steps=3, batch_size=2, accumulation=1, max_length=450, packing=True), some, tmp_path / "packed"
+        short(steps=3, batch_size=2, accumulation=1, max_length=800, packing=True), some, tmp_path / "packed"
     )
     assert packed.counted == alone.counted
     assert packed.curve.losses == pytest.approx(alone.curve.losses, abs=2e-4)

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 _Given = TypeVar("_Given")
 _LISTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_SHOWN_LINES = 8  # of a log, behind what is said of a failure
 _CAUSE_LINES = 1000  # of a log in which the cause of an end is looked for: vLLM's stands hundreds above its last line
 # They would make the engine ask for a key that the channel does not send.
 _KEYS_OF_ENGINES = ("VLLM_API_KEY", "LLAMA_API_KEY")
@@ -361,7 +363,9 @@ class Engine:
         return cause_in(process.tail(1 if process.code in ENDED_BY_OTHERS else _CAUSE_LINES))
 
     def _log(self, process: Supervised) -> str:
-        return f"Its log: {self.log_path}" if process.tail() else f"It wrote nothing to {self.log_path}"
+        if not (tail := process.tail(_SHOWN_LINES)):
+            return f"It wrote nothing to {self.log_path}"
+        return f"Its log: {self.log_path}, which ends:\n" + textwrap.indent(tail, "  ")
 
 
 def channel_toml(channel: Channel) -> str:
@@ -410,6 +414,11 @@ def _folder(place: str) -> Path:
         folder = snapshot_download(place, allow_patterns=_LISTED, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        if "no space left" in str(error).lower():
+            raise ModelError(
+                f"{place} could not be downloaded: {first}. Make room, or set HF_HOME to a folder on a larger disk; "
+                f"dsr1kit weights {place} tells before how much it takes"
+            ) from None
         if advice := hub_advice(str(error)):
             raise ModelError(f"{place} could not be downloaded: {first}. {advice}") from None
         raise ModelError(

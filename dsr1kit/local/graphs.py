@@ -7,6 +7,7 @@ recording a pair of sizes is kept. Knows tensors alone.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _LEAST = 256  # positions of the smallest recording
 _WARM_UP = 3  # passes before recording: libraries choose their kernels in them
+_RECORDING = threading.Lock()  # of a process, torch records one at a time
 
 
 class CannotRecord(RuntimeError):
@@ -81,6 +83,12 @@ class Graphs:
     def _recording(
         self, ids: torch.Tensor, at: torch.Tensor, reach: int
     ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.cuda.device(self._device):
+            return self._recorded_here(ids, at, reach)
+
+    def _recorded_here(
+        self, ids: torch.Tensor, at: torch.Tensor, reach: int
+    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
         held_ids, held_at = ids.to(self._device), at.to(self._device)
         aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
         aside.wait_stream(torch.cuda.current_stream(self._device))
@@ -89,7 +97,8 @@ class Graphs:
                 read_one(self._model, self._cache, held_ids, held_at, reach)
         torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # On the stream of this model's device: torch's own is one of the device that recorded first.
+        with _RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             scores = read_one(self._model, self._cache, held_ids, held_at, reach)
         self._pool = self._pool or graph.pool()
         return graph, held_ids, held_at, scores

@@ -164,9 +164,12 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if gguf:
         place = str(dequantized(Path(place) / gguf))
+    shape: Shape | None = None
+    bits, model, found = "none", None, None
     try:
         # trust_remote_code stays off whatever the environment says.
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         shape = _shape(config)
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
@@ -188,13 +191,18 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
             _refuse_wrong_products(model)
         if device == "cpu":
             give_back_freed()
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model"
+            )
     except Dsr1kitError:
+        model = came = None  # a notebook keeps the last error, and with it what this frame holds
         raise
     except Exception as error:  # damaged files and networks make the libraries raise what they like
-        raise ModelError(_why_not(source, quantization, device, error)) from error
-    if not tokenizer.chat_template:
-        raise ModelError(f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model")
+        model = came = None
+        # Without its traceback, whose frames hold what was loaded by then.
+        told = _why_not(source, quantization, device, error, shape, bits)
+        raise ModelError(told) from error.with_traceback(None)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
     parameters = int(model.num_parameters())  # which knows how 4-bit weights are packed
     return LoadedModel(
@@ -281,22 +289,32 @@ def _with_free(here: Hardware, more: int) -> Hardware:
     return replace(here, memory_free_bytes=here.memory_free_bytes + more)
 
 
-def _why_not(source: str, quantization: str, device: str, error: Exception) -> str:
+def _why_not(
+    source: str, quantization: str, device: str, error: Exception, shape: Shape | None = None, bits: str = "none"
+) -> str:
     """What failed, the likely cause, and what mends it."""
+    here = Path(source).expanduser().exists()  # such a name means nothing to a hub, whatever it looks like
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     said = (" ".join(lines[:2]) or type(error).__name__).rstrip(".:")
     text = str(error).lower()
     head = f"could not load {source} ({quantization}, {device}): {said}"
-    if advice := hub_advice(text):
+    if not here and (advice := hub_advice(text)):
         return f"{head}. {advice}"
     if "out of memory" in text or "can't allocate memory" in text:
-        return f"{head}. See what fits here: dsr1kit fits"
+        return f"{head}. {_fitting_instead(shape, device, bits)}"
+    if "no space left" in text:
+        return (
+            f"{head}. The disk is full: make room, or set HF_HOME to a folder on a larger one; "
+            f"dsr1kit weights {source} tells before how much it takes"
+        )
     if "not compiled with cuda" in text or "no nvidia driver" in text or "cuda-capable device" in text:
         return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
-    if _HUB_ID.fullmatch(source) and (told := held_instead(source)):
+    if not here and _HUB_ID.fullmatch(source) and (told := held_instead(source)):
         return told
     if "safetensor" in text or "header" in text:
         return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
+    if here:
+        return f"{head}. A file of it is damaged or no decoder's: copy or fetch it again, whole"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and "/" in source:
         return (
             f"could not load {source}: it is not on this machine, and HF_HUB_OFFLINE is set, so nothing was asked for. "
@@ -307,7 +325,23 @@ def _why_not(source: str, quantization: str, device: str, error: Exception) -> s
             f"{head}. The hub could not be reached: set HF_ENDPOINT to a mirror, or fetch the model elsewhere with "
             f"dsr1kit weights {source} --source modelscope"
         )
+    if "can't load the model for" in text and "/" in source:
+        return (
+            f"could not load {source}: its download broke off. dsr1kit weights {source} goes on where it stopped and "
+            "checks every byte; then the same name opens it"
+        )
     return f"{head}. Check the name, that it is a model of transformers, and that it has safetensors weights"
+
+
+def _fitting_instead(shape: Shape | None, device: str, bits: str) -> str:
+    from dsr1kit.local.fits import advise
+    from dsr1kit.local.memory import half_precision
+
+    if shape is None:
+        return "See what fits here: dsr1kit fits"
+    at = _seen_from(device)
+    precision = half_precision(at) if bits == "none" else PRECISION_OF[bits]
+    return advise(shape, at, precision=precision, context=min(_PLANNED_CONTEXT, shape.context))
 
 
 def hub_advice(said: str) -> str:

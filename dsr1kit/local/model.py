@@ -8,6 +8,8 @@ module. Knows nothing about channels, HTTP or scoring.
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -112,16 +114,24 @@ class LocalModel:
         self._desk = Desk(self.name, lambda: quiet(python_warnings=False), self._share_cores)
         try:
             self._loaded, self._adapters = await self._in_thread(partial(self._load, self._desk))
-        except BaseException:
+        except Exception:
             desk, self._desk = self._desk, None
             await asyncio.to_thread(desk.close)
+            raise
+        except BaseException:
+            desk, self._desk = self._desk, None
+            # Nobody waits for what is still being fetched or read: the thread ends behind it, or with the process.
+            threading.Thread(target=desk.close, daemon=True).start()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        on_gpu = self._loaded is not None and self._loaded.device.startswith("cuda")
         desk, self._desk, self._loaded, self._adapters = self._desk, None, None, None
         if desk is not None:
             await asyncio.to_thread(desk.close)
+        if on_gpu:
+            await asyncio.to_thread(_give_gpu_back)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -382,6 +392,14 @@ class LocalModel:
             due_at=due_at,
             extra=facts,
         )
+
+
+def _give_gpu_back() -> None:
+    """What torch keeps of a closed model's memory is another program's to use, such as an engine's."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _with_adapter(reply: Reply, adapter: str | None) -> Reply:
