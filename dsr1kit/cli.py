@@ -24,6 +24,8 @@ from dsr1kit.commands.shared import (
 )
 from dsr1kit.errors import Dsr1kitError, UsageError
 
+_STOPPED = 130  # the exit code of a process that was ended by Ctrl-C
+
 
 def main() -> None:
     """Entry point: runs the command and turns the kit's errors into a message and an exit code."""
@@ -36,11 +38,25 @@ def main() -> None:
     except Dsr1kitError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
-        fail("stopped; what was finished is kept", 130)
+        try:
+            fail("stopped; what was finished is kept", _STOPPED)
+        finally:
+            _leave()
+    except SystemExit as left:
+        if left.code == _STOPPED:  # typer's own answer to Ctrl-C
+            _leave()
+        raise
     except BrokenPipeError:
         # The reader (head, less) has left; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _leave() -> None:
+    """End at once: the interpreter would wait for a library's threads that still fetch gigabytes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_STOPPED)
 
 
 def _pairs_joined(arguments: list[str]) -> list[str]:
