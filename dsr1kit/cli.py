@@ -5,6 +5,7 @@ Each command parses, calls one function of the package and prints; nothing is de
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -54,8 +55,9 @@ def main() -> None:
 
 def _leave() -> None:
     """End at once: the interpreter would wait for a library's threads that still fetch gigabytes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the reader may have left as well
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(_STOPPED)
 
 
