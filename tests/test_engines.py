@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hub as loopback
@@ -26,7 +27,8 @@ from dsr1kit.local.engine_commands import CONTEXT_GPU, Serving, choose_engine, c
 from dsr1kit.local.engine_process import ending, tail_of
 from dsr1kit.local.engine_stage import stage
 from dsr1kit.local.engines import Engine, channel_toml
-from dsr1kit.local.hardware import DISTILL, Gpu, Hardware
+from dsr1kit.local.hardware import DISTILL, Gpu, Hardware, look
+from dsr1kit.local.shapes import find_shape
 from dsr1kit.paths import data_dir
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py")), "--port", "{port}"]
@@ -586,6 +588,16 @@ def test_what_an_engine_cannot_do_is_refused_before_it_starts(on_path, gguf, tmp
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 576, "intermediate_size": 1000}))
     with pytest.raises(UsageError, match="rows of 1000 weights"):
         command("transformers", serving(weights=tmp_path, quantization="4bit", device="cpu"))
+
+
+def test_a_gguf_larger_than_all_memory_is_refused_with_what_would_fit(on_path, gguf, monkeypatch):
+    from dsr1kit.local import gguf as converter
+
+    on_path("llama-server")
+    monkeypatch.setattr(converter, "look", lambda: replace(look(), gpus=(), memory_free_bytes=60))
+    monkeypatch.setattr(converter, "shape_of_gguf", lambda _: find_shape("7b"))
+    with pytest.raises(ModelError, match=r"does not fit\. The file alone has .* short"):
+        run(Engine(str(gguf), engine="llama.cpp"))
 
 
 def test_the_folder_for_transformers_draws_as_asked_splits_the_thinking_and_holds_no_pickles(tmp_path):

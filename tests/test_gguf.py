@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import hub as loopback
@@ -19,6 +19,7 @@ from dsr1kit import LocalModel, Sampling
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local import gguf as converter
 from dsr1kit.local.hardware import look
+from dsr1kit.local.shapes import find_shape
 from dsr1kit.paths import data_dir
 from dsr1kit.records import Outcome
 
@@ -240,10 +241,24 @@ def test_an_architecture_that_cannot_be_read_is_sent_to_llama_cpp(cache, tmp_pat
 
 
 def test_a_gguf_that_does_not_fit_into_memory_is_not_even_begun(tiny_gguf, cache, monkeypatch):
-    monkeypatch.setattr(converter, "look", lambda: replace(look(), memory_free_bytes=2_000_000))
-    with pytest.raises(ModelError, match=r"GiB.*dsr1kit serve"):
-        ask(tiny_gguf)
+    size = tiny_gguf.stat().st_size
+    for free, said in ((size + 100_000, "dsr1kit serve"), (size // 2, r"The file alone has .* short")):
+        monkeypatch.setattr(converter, "look", lambda free=free: replace(look(), gpus=(), memory_free_bytes=free))
+        with pytest.raises(ModelError, match=rf"GiB.*{said}"):
+            ask(tiny_gguf)
     assert not cache.exists()
+
+
+def test_a_gguf_is_planned_by_its_header(tiny_gguf, tmp_path):
+    found, own = find_shape(str(tiny_gguf)), find_shape("tiny-r1")
+    apart = {"name", "hub_id", "title", "kind", "gguf", "source", "told_parameters", "aime_2024"}
+    assert {k: v for k, v in asdict(found).items() if k not in apart} == {
+        k: v for k, v in asdict(own).items() if k not in apart
+    }
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_gguf.read_bytes()[:100_000])
+    with pytest.raises(ModelError, match="truncated"):
+        find_shape(str(cut))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size limit of files stands for a full disk")

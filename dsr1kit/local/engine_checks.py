@@ -165,7 +165,7 @@ def advice_for(source: str, code: int, cause: str, tail: str = "") -> str:
     """
     less = f"dsr1kit fits {source} says what fits here; less --context or --batch, or --quantization 4bit, helps"
     if source.endswith(".gguf"):
-        less = "less --context or --batch, or a file of fewer bits, helps"
+        less = f"dsr1kit fits {source} says what fits here; less --context or --batch, or a file of fewer bits, helps"
     if _OUT_OF_MEMORY.search(cause) or _OUT_OF_MEMORY.search(tail):
         return f"It ran out of memory: {less}. "
     if code == _KILLED:

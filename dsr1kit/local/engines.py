@@ -218,6 +218,8 @@ class Engine:
         folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
         if self._command is None:
             await asyncio.to_thread(check_weights_of, weights)
+        if not folder and self._command is None and (instead := await asyncio.to_thread(_unfit_gguf, weights)):
+            raise ModelError(f"{self.source} does not fit. {instead}")
         if folder and self._command is None:
             dtype, bits = await asyncio.to_thread(_dtype, weights, hardware), self._quantization
             if self.engine == "vllm":
@@ -428,6 +430,12 @@ def _folder(place: str) -> Path:
     if not list(Path(folder).glob("*.safetensors")) and (told := held_instead(place)):
         raise ModelError(told)
     return Path(locate(folder)[0])
+
+
+def _unfit_gguf(file: Path) -> str:
+    from dsr1kit.local.gguf import fitting_instead
+
+    return fitting_instead(file)
 
 
 def _dtype(weights: Path, hardware: Hardware) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from dsr1kit.local.hardware import look
 from dsr1kit.local.identity import sha256_of
 from dsr1kit.local.load import refuse_lacking
 from dsr1kit.local.memory import GIB
+from dsr1kit.local.shapes import Shape, shape_of_config
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens
+
+
+_PLANNED = ("llama", "qwen2", "qwen3")  # architectures whose sizes a header tells by the same names
+_PLANNED_CONTEXT = 2048  # tokens that there must be room for
 
 
 def cache_dir() -> Path:
@@ -49,9 +55,10 @@ def dequantized(path: Path, *, cache: Path | None = None) -> Path:
         return place
     # In 32 bits at first, and a GGUF may have fewer than five.
     if (needed := 4 * weights) > (free := look().memory_free_bytes):
+        instead = fitting_instead(path)
         raise ModelError(
-            f"{path} would take {needed / GIB:.1f} GiB of memory to convert, and {free / GIB:.1f} GiB are free. Serve "
-            f"it with llama.cpp, which needs no more than the file: dsr1kit serve {path}"
+            f"{path} would take {needed / GIB:.1f} GiB of memory to convert, and {free / GIB:.1f} GiB are free. "
+            + (instead or f"Serve it with llama.cpp, which needs no more than the file: dsr1kit serve {path}")
         )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +74,61 @@ def dequantized(path: Path, *, cache: Path | None = None) -> Path:
             "there; free some space, or set XDG_CACHE_HOME to a folder on a larger disk"
         ) from error
     return place
+
+
+def fitting_instead(path: Path) -> str:
+    """What would fit, where a GGUF file alone exceeds all memory that is free; empty where it does not."""
+    from dsr1kit.local.fits import advise
+    from dsr1kit.local.memory import available
+
+    here = look()
+    size, free = path.stat().st_size, max(available(here), here.memory_free_bytes)
+    if size <= free:
+        return ""
+    head = f"The file alone has {size / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free."
+    try:
+        shape = shape_of_gguf(path)
+    except ModelError:
+        return f"{head} What fits here: dsr1kit fits"
+    return f"{head} {advise(shape, here, precision='q4_k_m', context=min(_PLANNED_CONTEXT, shape.context))}"
+
+
+def shape_of_gguf(path: Path) -> Shape:
+    """The shape that a GGUF file's header tells.
+
+    Raises:
+        UsageError: the package `gguf` is missing.
+        ModelError: no whole GGUF file, or of an architecture that the planner does not know.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
+    from gguf import GGUFReader
+
+    _check(path)
+    reader = GGUFReader(path)
+
+    def told(name: str) -> Any:
+        field = reader.fields.get(name)
+        return None if field is None else field.contents()
+
+    family = str(told("general.architecture"))
+    if family not in _PLANNED:
+        known = ", ".join(_PLANNED)
+        raise ModelError(f"{path} is of the architecture {family}; of GGUF files the planner knows {known}")
+    names = {
+        "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+        "max_position_embeddings": "context_length",
+    }  # fmt: skip
+    config = {key: told(f"{family}.{name}") for key, name in names.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config |= {"model_type": family, "tie_word_embeddings": "output.weight" not in tensors}
+    # Its shape stands the other way round than torch's.
+    words = tensors.get("token_embd.weight")
+    config["vocab_size"] = None if words is None else int(words.shape[1])
+    shape = shape_of_config({key: value for key, value in config.items() if value is not None})
+    return replace(shape, name=path.stem, hub_id=str(path), title=path.name, kind="folder")
 
 
 def _put_in_place(partial: Path, place: Path) -> None:

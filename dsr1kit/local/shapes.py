@@ -291,16 +291,20 @@ def distinct() -> list[Shape]:
 
 
 def find_shape(model: str) -> Shape:
-    """The shape of a known name, of a hub id (its organisation may be left out), or of a folder with a config.json.
+    """The shape of a known name, a hub id (its organisation may be left out), a folder with a config.json, or a GGUF.
 
     Raises:
         UnknownName: none of these.
-        ModelError: the folder's config.json is no decoder's.
+        ModelError: the folder's config.json is no decoder's, or the GGUF file is damaged or of another architecture.
     """
     wanted = model.strip().rstrip("/").casefold()
     for key, shape in shapes().items():
         if wanted in (key.casefold(), key.rpartition("/")[2].casefold()):
             return shape
+    if model.endswith(".gguf") and (path := Path(model).expanduser()).is_file():
+        from dsr1kit.local.gguf import shape_of_gguf
+
+        return shape_of_gguf(path)
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
         try:
@@ -311,7 +315,7 @@ def find_shape(model: str) -> Shape:
             raise ModelError(f"{file} holds no JSON object; fetch the model again")
         return replace(shape_of_config(config), name=Path(model).name, hub_id=model, title=model, kind="folder")
     names = [shape.name for shape in distinct()]
-    raise UnknownName("model", model, names, hint="(or its hub id, or a folder with a config.json)")
+    raise UnknownName("model", model, names, hint="(or its hub id, a folder with a config.json, or a GGUF file)")
 
 
 def least_blocks(shape: Shape, block: int) -> bool:
