@@ -316,18 +316,23 @@ def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
     with loopback.running() as hub:
         hub.push("someone/gated", {"config.json": config}, gated=True)
         hub.push("someone/pickled", {"config.json": config, "pytorch_model.bin": b"x"})
-        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled")]
+        huge = json.dumps(json.loads(config) | {"num_hidden_layers": 200, "hidden_size": 32768, "head_dim": 256})
+        hub.push("someone/huge", {"config.json": huge.encode(), "model.safetensors": loopback.safetensors(1000)})
+        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled", "huge")]
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
         ran = subprocess.run(
             [sys.executable, "-c", code, *models], env=os.environ | environment, capture_output=True, text=True,
             check=True,
         )  # fmt: skip
-        asked_for_pickles = hub.of("pytorch_model.bin")
-    misspelled, gated, pickled = ran.stdout.splitlines()
+        asked_for_pickles, asked_for_weights = hub.of("pytorch_model.bin"), hub.of("model.safetensors")
+    misspelled, gated, pickled, huge, *_ = ran.stdout.splitlines()
     assert "Check the spelling of the hub id" in misspelled
     assert "Accept the licence on the model's page, then set HF_TOKEN" in gated
     assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
     assert not asked_for_pickles
+    assert "someone/huge does not fit" in huge
+    assert "short" in huge
+    assert not asked_for_weights, "what does not fit is not fetched first"
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 _Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
 _LISTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _SHOWN_LINES = 8  # of a log, behind what is said of a failure
 _CAUSE_LINES = 1000  # of a log in which the cause of an end is looked for: vLLM's stands hundreds above its last line
@@ -205,6 +206,8 @@ class Engine:
         port = self._port or free_port()
         if by := taken(port):
             raise UsageError(f"port {port} on {HOST} is taken{by}; free now: {free_port()} (0 takes any free one)")
+        if not gguf and self._command is None and (told := await _aside(_config_of, place)) is not None:
+            check_room(self.source, told, hardware, dtype="bfloat16", quantization=self._quantization)
         weights = Path(place) / gguf if gguf else await _aside(_folder, place)
         name = commands.served_name(self.source, weights, self._adapter)
         if gguf and self.engine == "transformers" and self._command is None:
@@ -389,9 +392,9 @@ def _log_path() -> Path:
     return Path(tempfile.gettempdir()) / f"dsr1kit-engine-{secrets.token_hex(6)}.log"
 
 
-async def _aside(work: Callable[[_Given], Path], given: _Given) -> Path:
+async def _aside(work: Callable[[_Given], _Found], given: _Given) -> _Found:
     """Run in a thread that nobody waits for once we are cancelled: a download may take an hour."""
-    future: Future[Path] = Future()
+    future: Future[_Found] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
@@ -402,6 +405,21 @@ async def _aside(work: Callable[[_Given], Path], given: _Given) -> Path:
 
     threading.Thread(target=run, daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+def _config_of(place: str) -> Path | None:
+    """A folder with a hub id's configuration, fetched alone, so that what does not fit is told before gigabytes are.
+
+    None for a folder, and where it cannot be had: the download tells why.
+    """
+    if Path(place).is_dir():
+        return None
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(place, "config.json")).parent
+    except Exception:  # the hub's client raises what it likes
+        return None
 
 
 def _folder(place: str) -> Path:
