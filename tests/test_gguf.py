@@ -146,6 +146,16 @@ def test_a_gguf_file_says_what_the_same_weights_say_and_is_converted_once(tiny_g
     assert folder.is_dir()
 
 
+def test_what_a_killed_conversion_left_is_swept_a_day_later(tiny_gguf, cache):
+    old, new = cache / ".partial-old", cache / ".partial-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    converter.dequantized(tiny_gguf)
+    assert not old.exists()
+    assert new.exists()
+
+
 def test_one_byte_anywhere_in_a_large_file_makes_another_model(tmp_path):
     one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
     held = bytearray(20 * 2**20)

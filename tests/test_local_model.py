@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from dsr1kit.compare.arithmetic import generate
 from dsr1kit.errors import ModelError, UnknownName, UsageError
-from dsr1kit.local.hardware import choose_dtype
+from dsr1kit.local.hardware import choose_dtype, look
 from dsr1kit.local.model import LocalModel
 from dsr1kit.paths import data_dir
 from dsr1kit.records import Outcome, Sampling
@@ -207,6 +208,23 @@ def test_cancelling_stops_the_generation_at_once():
     assert late == 0
     assert reply.outcome is Outcome.OK
     assert reply.timing.queue_s < 0.5
+
+
+def test_a_quota_of_fewer_cores_bounds_the_threads(monkeypatch):
+    import torch
+
+    from dsr1kit.local import load as module
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        monkeypatch.setattr(module, "look", lambda: replace(look(), cores=3))
+        module.load("tiny-r1", "none", "cpu", "auto", None)
+        assert torch.get_num_threads() == 3
+        module.load("tiny-r1", "none", "cpu", "auto", 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cancelling_does_not_wait_for_what_is_being_loaded(monkeypatch):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens
 
 _PLANNED = ("llama", "qwen2", "qwen3")  # architectures whose sizes a header tells by the same names
 _PLANNED_CONTEXT = 2048  # tokens that there must be room for
+_LEFT_S = 24 * 3600  # after which a conversion that is not done is nobody's
 
 
 def cache_dir() -> Path:
@@ -62,6 +64,9 @@ def dequantized(path: Path, *, cache: Path | None = None) -> Path:
         )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        for left in place.parent.glob(".partial-*"):  # of conversions that were killed
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
         try:
             _convert(path, partial)

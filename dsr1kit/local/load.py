@@ -146,6 +146,8 @@ def load(source: str, quantization: Quantization, device: str, dtype: str, threa
 
     if threads is not None:
         torch.set_num_threads(threads)
+    elif (cores := look().cores) < torch.get_num_threads():  # a container's quota, which torch does not see
+        torch.set_num_threads(cores)
     with quiet():
         return _load_quietly(source, quantization, device, dtype, started)
 
