@@ -595,6 +595,16 @@ def test_what_an_engine_cannot_do_is_refused_before_it_starts(on_path, gguf, tmp
         command("transformers", serving(weights=tmp_path, quantization="4bit", device="cpu"))
 
 
+@pytest.mark.parametrize(("free", "share"), [(0.97, None), (0.5, 0.48), (0.9, 0.88)])
+def test_vllm_takes_what_others_leave_of_a_gpu(free, share):
+    card = Gpu("A card", 20_000_000_000, round(20_000_000_000 * free), (8, 0), True)
+    assert engine_commands.memory_share([H200, card]) == share
+    arguments = vllm_arguments("m", host="h", port=1, context=9, memory_share=share)
+    told = arguments[arguments.index("--gpu-memory-utilization") + 1] if share else None
+    assert told == (None if share is None else f"{share:.2f}")
+    assert ("--gpu-memory-utilization" in arguments) == (share is not None)
+
+
 def test_a_gguf_larger_than_all_memory_is_refused_with_what_would_fit(on_path, gguf, monkeypatch):
     from dsr1kit.local import gguf as converter
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ BATCH = {"vllm": 32, "llama.cpp": 4, "transformers": 1}
 #: Tokens: R1's longest answer and a prompt on a GPU; minutes of work on a processor.
 CONTEXT_GPU, CONTEXT_CPU = 36_864, 8_192
 _VLLM_CAPABILITY = (7, 0)
+_VLLM_SHARE = 0.9  # of a GPU's memory, that it takes where nothing is said
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _INSTALL = {
     "vllm": "pip install vllm, in an environment of its own (it brings its own torch) whose bin is on PATH; "
@@ -50,6 +52,7 @@ class Serving:
         adapter: a LoRA's folder (a GGUF file for llama.cpp).
         thinks: whether the chat template knows R1's think tags.
         gpus: over how many vLLM spreads the model.
+        memory_share: of each GPU's memory that vLLM may take; None: its own nine tenths.
     """
 
     name: str
@@ -63,6 +66,16 @@ class Serving:
     adapter: Path | None = None
     thinks: bool = True
     gpus: int = 1
+    memory_share: float | None = None
+
+
+def memory_share(gpus: Sequence[Gpu]) -> float | None:
+    """The share of GPUs' memory that vLLM may take where others hold some; None where its nine tenths are free.
+
+    It refuses to start where less is free than it was told to take.
+    """
+    free = min((gpu.free_bytes / gpu.total_bytes for gpu in gpus), default=1.0)
+    return None if free > _VLLM_SHARE else math.floor(100 * (free - 0.02)) / 100
 
 
 def program(engine: str) -> list[str]:
@@ -130,7 +143,7 @@ def command(engine: str, serving: Serving) -> list[str]:
         arguments = vllm_arguments(
             str(serving.weights), host="127.0.0.1", port=serving.port, context=serving.context, batch=serving.batch,
             served_as=serving.name, dtype=serving.dtype, quantization=serving.quantization, adapter=serving.adapter,
-            thinks=serving.thinks, gpus=serving.gpus,
+            thinks=serving.thinks, gpus=serving.gpus, memory_share=serving.memory_share,
         )  # fmt: skip
     else:
         arguments = (_llama_arguments if engine == "llama.cpp" else _transformers_arguments)(serving)
@@ -150,6 +163,7 @@ def vllm_arguments(
     adapter: Path | None = None,
     thinks: bool = True,
     gpus: int = 1,
+    memory_share: float | None = None,
 ) -> list[str]:
     """What follows `vllm serve`, here and in compose.yaml.
 
@@ -158,6 +172,7 @@ def vllm_arguments(
         served_as: the name in requests; with an adapter, the adapter's. Empty: `model`.
         dtype: `float16` on GPUs without bfloat16.
         gpus: over how many the model is spread.
+        memory_share: of each GPU's memory; None: vLLM's own.
 
     Raises:
         ModelError: the adapter is none.
@@ -168,6 +183,8 @@ def vllm_arguments(
         given += ["--reasoning-parser", "deepseek_r1"]
     if quantization == "4bit":
         given += ["--quantization", "bitsandbytes"]
+    if memory_share is not None:
+        given += ["--gpu-memory-utilization", f"{memory_share:.2f}"]
     if adapter is not None:
         rank = int(read_json(adapter / "adapter_config.json").get("r") or 0)
         fitting = next((size for size in _VLLM_RANKS if size >= rank), None)

@@ -218,6 +218,7 @@ class Engine:
         if self._context and most and self._context > most:
             raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
         usual = commands.CONTEXT_GPU if hardware.gpus else commands.CONTEXT_CPU
+        share: float | None = None
         folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
         if self._command is None:
             await asyncio.to_thread(check_weights_of, weights)
@@ -228,12 +229,13 @@ class Engine:
             if self.engine == "vllm":
                 gpus = gpus_for(weights, hardware, dtype=dtype, quantization=bits, context=context)
             used = replace(hardware, gpus=hardware.gpus[:gpus])
+            share = commands.memory_share(used.gpus)
             check_room(self.source, weights, used, dtype=dtype, quantization=bits)
         return commands.Serving(
             name=name, weights=weights, port=port, context=context,
             batch=self._batch or commands.BATCH[self.engine], dtype=dtype, gpus=gpus,
             device="cuda:0" if hardware.gpus else "cpu", quantization=self._quantization, adapter=self._adapter,
-            thinks=folder and "<think>" in commands.chat_template(weights),
+            memory_share=share, thinks=folder and "<think>" in commands.chat_template(weights),
         )  # fmt: skip
 
     def _check_log(self) -> None:
