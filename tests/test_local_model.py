@@ -227,7 +227,7 @@ def test_a_quota_of_fewer_cores_bounds_the_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_cancelling_does_not_wait_for_what_is_being_loaded(monkeypatch):
+def test_cancelling_does_not_wait_for_what_is_being_fetched(monkeypatch):
     from dsr1kit.local import model as module
 
     begun, go_on = threading.Event(), threading.Event()
@@ -240,7 +240,7 @@ def test_cancelling_does_not_wait_for_what_is_being_loaded(monkeypatch):
     monkeypatch.setattr(module, "load", load)
 
     async def scenario():
-        opening = asyncio.ensure_future(LocalModel("tiny-r1").__aenter__())
+        opening = asyncio.ensure_future(LocalModel("someone/model").__aenter__())
         await asyncio.to_thread(begun.wait, 60)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):

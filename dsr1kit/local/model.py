@@ -110,7 +110,7 @@ class LocalModel:
     async def __aenter__(self) -> Self:
         if self._desk is not None:
             raise UsageError(f"{self.name} is open already; open a second LocalModel instead")
-        locate(self.source)  # a wrong name fails before the seconds that imports take
+        here = _is_here(self.source)  # a wrong name fails before the seconds that imports take
         self._desk = Desk(self.name, lambda: quiet(python_warnings=False), self._share_cores)
         try:
             self._loaded, self._adapters = await self._in_thread(partial(self._load, self._desk))
@@ -120,8 +120,10 @@ class LocalModel:
             raise
         except BaseException:
             desk, self._desk = self._desk, None
-            # Nobody waits for what is still being fetched or read: the thread ends behind it, or with the process.
-            threading.Thread(target=desk.close, daemon=True).start()
+            if here:  # seconds; and transformers does not load two models at a time
+                await asyncio.to_thread(desk.close)
+            else:  # nobody waits for gigabytes: the thread ends behind them, or with the process
+                threading.Thread(target=desk.close, daemon=True).start()
             raise
         return self
 
@@ -392,6 +394,11 @@ class LocalModel:
             due_at=due_at,
             extra=facts,
         )
+
+
+def _is_here(source: str) -> bool:
+    """Whether a model need not be fetched. Raises as `locate`."""
+    return Path(locate(source)[0]).is_dir()
 
 
 def _give_gpu_back() -> None:
