@@ -6,7 +6,6 @@ Knows PEFT and bitsandbytes' modules; nothing about data or trainers.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -102,15 +101,6 @@ def targets(model: Any) -> list[str] | str:
     """The names of the layers that an adapter goes on: attention and feed-forward."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return sorted(names & _LINEAR) or "all-linear"
-
-
-def give_back() -> None:
-    """Memory of models that nobody holds any more, which their cycles keep until they are looked for."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

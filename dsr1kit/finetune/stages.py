@@ -96,17 +96,20 @@ async def measure_stages(
     found = []
     before: str | None = None
     for name in models:
-        accuracy = {task: share for task in asked if (share := clustered_share(right[name][task])) is not None}
         ended = {task: {i: v for i, v in right[name][task].items() if i not in cut[name][task]} for task in asked}
-        whole = {task: share for task in asked if (share := clustered_share(ended[task])) is not None}
         gained = {
             task: None if before is None else paired_difference(right[name][task], right[before][task])
             for task in asked
         }
         counts = {task: len(ids) for task, ids in cut[name].items()}
-        found.append(Stage(name, sizes[name], accuracy, gained, counts, whole))
+        found.append(Stage(name, sizes[name], _shares(right[name]), gained, counts, _shares(ended)))
         before = name
     return found
+
+
+def _shares(right: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Interval]:
+    """Share of right answers by task, where there are any answers."""
+    return {task: share for task, answers in right.items() if (share := clustered_share(answers)) is not None}
 
 
 def stages_table(stages: Sequence[Stage]) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from dsr1kit.compare.items import Item, hashed
 from dsr1kit.compare.task_files import PREFIX as FILE
 from dsr1kit.errors import Dsr1kitError, UsageError
-from dsr1kit.finetune.base import give_back
 from dsr1kit.finetune.checks import Checked, check
 from dsr1kit.finetune.data import WORKED, Example, load_examples
 from dsr1kit.finetune.encode import encode
@@ -24,6 +23,7 @@ from dsr1kit.finetune.settings import Preset, SftSettings, preset
 from dsr1kit.finetune.sft import Trained, train_sft
 from dsr1kit.local.hardware import look
 from dsr1kit.local.load import locate, quiet
+from dsr1kit.local.release import give_back
 from dsr1kit.local.shapes import find_shape
 from dsr1kit.records import Sampling
 

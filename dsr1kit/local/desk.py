@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import threading
 from collections import deque
 from concurrent.futures import Future
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsr1kit.errors import ModelError, UsageError
+from dsr1kit.local.release import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -177,7 +177,7 @@ class Desk:
         if not _is_shortage(error):
             self._end(rows, ModelError(f"{self._name} failed while generating: {error}"))
             return
-        _free()
+        give_back()
         if len(rows) == 1:
             short = (str(error).strip().splitlines() or ["nothing more could be allocated"])[0]
             self._end(rows, OutOfMemory(f"{self._name} is out of memory: {short}"))
@@ -231,11 +231,3 @@ def _is_shortage(error: Exception) -> bool:
         told in words
         for told in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
     )
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -163,9 +163,8 @@ def advice_for(source: str, code: int, cause: str, tail: str = "") -> str:
         cause: the line of its log that tells why.
         tail: the last lines of its log.
     """
-    less = f"dsr1kit fits {source} says what fits here; less --context or --batch, or --quantization 4bit, helps"
-    if source.endswith(".gguf"):
-        less = f"dsr1kit fits {source} says what fits here; less --context or --batch, or a file of fewer bits, helps"
+    bits = "a file of fewer bits" if source.endswith(".gguf") else "--quantization 4bit"
+    less = f"dsr1kit fits {source} says what fits here; less --context or --batch, or {bits}, helps"
     if _OUT_OF_MEMORY.search(cause) or _OUT_OF_MEMORY.search(tail):
         return f"It ran out of memory: {less}. "
     if code == _KILLED:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dsr1kit.access.channels import Channel, Family
 from dsr1kit.access.prices import Price
-from dsr1kit.errors import MissingExtra, ModelError, RunError, UnknownName, UsageError
+from dsr1kit.errors import ModelError, RunError, UnknownName, UsageError
 from dsr1kit.local import engine_commands as commands
 from dsr1kit.local.engine_checks import (
     ENDED_BY_OTHERS,
@@ -41,8 +41,9 @@ from dsr1kit.local.engine_checks import (
 )
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
+from dsr1kit.local.engine_weights import config_of, folder_of
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
-from dsr1kit.local.load import held_instead, hub_advice, locate
+from dsr1kit.local.load import locate
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 _HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 _Given = TypeVar("_Given")
 _Found = TypeVar("_Found")
-_LISTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _SHOWN_LINES = 8  # of a log, behind what is said of a failure
 _CAUSE_LINES = 1000  # of a log in which the cause of an end is looked for: vLLM's stands hundreds above its last line
 # They would make the engine ask for a key that the channel does not send.
@@ -206,9 +206,9 @@ class Engine:
         port = self._port or free_port()
         if by := taken(port):
             raise UsageError(f"port {port} on {HOST} is taken{by}; free now: {free_port()} (0 takes any free one)")
-        if not gguf and self._command is None and (told := await _aside(_config_of, place)) is not None:
+        if not gguf and self._command is None and (told := await _aside(config_of, place)) is not None:
             check_room(self.source, told, hardware, dtype="bfloat16", quantization=self._quantization)
-        weights = Path(place) / gguf if gguf else await _aside(_folder, place)
+        weights = Path(place) / gguf if gguf else await _aside(folder_of, place)
         name = commands.served_name(self.source, weights, self._adapter)
         if gguf and self.engine == "transformers" and self._command is None:
             from dsr1kit.local.gguf import dequantized
@@ -222,8 +222,11 @@ class Engine:
         folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
         if self._command is None:
             await asyncio.to_thread(check_weights_of, weights)
-        if not folder and self._command is None and (instead := await asyncio.to_thread(_unfit_gguf, weights)):
-            raise ModelError(f"{self.source} does not fit. {instead}")
+        if not folder and self._command is None:
+            from dsr1kit.local.gguf import fitting_instead
+
+            if instead := await asyncio.to_thread(fitting_instead, weights):
+                raise ModelError(f"{self.source} does not fit. {instead}")
         if folder and self._command is None:
             dtype, bits = await asyncio.to_thread(_dtype, weights, hardware), self._quantization
             if self.engine == "vllm":
@@ -407,55 +410,6 @@ async def _aside(work: Callable[[_Given], _Found], given: _Given) -> _Found:
 
     threading.Thread(target=run, daemon=True).start()
     return await asyncio.wrap_future(future)
-
-
-def _config_of(place: str) -> Path | None:
-    """A folder with a hub id's configuration, fetched alone, so that what does not fit is told before gigabytes are.
-
-    None for a folder, and where it cannot be had: the download tells why.
-    """
-    if Path(place).is_dir():
-        return None
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(place, "config.json")).parent
-    except Exception:  # the hub's client raises what it likes
-        return None
-
-
-def _folder(place: str) -> Path:
-    """The folder of a model; a hub id is downloaded into the hub's cache first, without pickles."""
-    if Path(place).is_dir():
-        return Path(place)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtra(f"downloading {place}", "local", "huggingface_hub") from None
-    try:
-        folder = snapshot_download(place, allow_patterns=_LISTED, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        if "no space left" in str(error).lower():
-            raise ModelError(
-                f"{place} could not be downloaded: {first}. Make room, or set HF_HOME to a folder on a larger disk; "
-                f"dsr1kit weights {place} tells before how much it takes"
-            ) from None
-        if advice := hub_advice(str(error)):
-            raise ModelError(f"{place} could not be downloaded: {first}. {advice}") from None
-        raise ModelError(
-            f"{place} could not be downloaded: {first}. Check the name and the network (HF_ENDPOINT names a mirror; "
-            f"with HF_HUB_OFFLINE set nothing is fetched), or run dsr1kit weights {place} and serve its folder"
-        ) from None
-    if not list(Path(folder).glob("*.safetensors")) and (told := held_instead(place)):
-        raise ModelError(told)
-    return Path(locate(folder)[0])
-
-
-def _unfit_gguf(file: Path) -> str:
-    from dsr1kit.local.gguf import fitting_instead
-
-    return fitting_instead(file)
 
 
 def _dtype(weights: Path, hardware: Hardware) -> str:

@@ -24,6 +24,7 @@ from dsr1kit.errors import ModelError, UsageError
 MANIFEST, INCOMING = ".dsr1kit-weights.json", ".incoming"
 WEIGHTS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")  # they run code when they are loaded
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCK, _BEFORE, _PLAN = ".dsr1kit-weights.lock", "before.json", "plan.json"
 _SERIES = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.gguf)")
 _MOST_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts

@@ -14,20 +14,20 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local.hardware import look
 from dsr1kit.local.identity import sha256_of
-from dsr1kit.local.load import refuse_lacking
+from dsr1kit.local.load import PLANNED_CONTEXT, refuse_lacking
 from dsr1kit.local.memory import GIB
 from dsr1kit.local.shapes import Shape, shape_of_config
 
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens
-
-
 _PLANNED = ("llama", "qwen2", "qwen3")  # architectures whose sizes a header tells by the same names
-_PLANNED_CONTEXT = 2048  # tokens that there must be room for
 _LEFT_S = 24 * 3600  # after which a conversion that is not done is nobody's
 
 
@@ -49,13 +49,12 @@ def dequantized(path: Path, *, cache: Path | None = None) -> Path:
         ModelError: no GGUF, truncated, of an architecture that transformers cannot read, or memory or disk are
             too small.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
-    weights = _check(path)
+    reader = _check(path)
     place = (cache or cache_dir()) / f"{path.stem}-{_fingerprint(path)}"
     if (place / "config.json").is_file():
         return place
     # In 32 bits at first, and a GGUF may have fewer than five.
+    weights = sum(int(t.n_elements) for t in reader.tensors)
     if (needed := 4 * weights) > (free := look().memory_free_bytes):
         instead = fitting_instead(path)
         raise ModelError(
@@ -95,7 +94,7 @@ def fitting_instead(path: Path) -> str:
         shape = shape_of_gguf(path)
     except ModelError:
         return f"{head} What fits here: dsr1kit fits"
-    return f"{head} {advise(shape, here, precision='q4_k_m', context=min(_PLANNED_CONTEXT, shape.context))}"
+    return f"{head} {advise(shape, here, precision='q4_k_m', context=min(PLANNED_CONTEXT, shape.context))}"
 
 
 def shape_of_gguf(path: Path) -> Shape:
@@ -105,12 +104,7 @@ def shape_of_gguf(path: Path) -> Shape:
         UsageError: the package `gguf` is missing.
         ModelError: no whole GGUF file, or of an architecture that the planner does not know.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
-    from gguf import GGUFReader
-
-    _check(path)
-    reader = GGUFReader(path)
+    reader = _check(path)
 
     def told(name: str) -> Any:
         field = reader.fields.get(name)
@@ -144,8 +138,15 @@ def _put_in_place(partial: Path, place: Path) -> None:
             raise
 
 
-def _check(path: Path) -> int:
-    """The number of weights; raises ModelError unless the file holds all the bytes its own tables speak of."""
+def _check(path: Path) -> GGUFReader:
+    """Open a file.
+
+    Raises:
+        UsageError: the package `gguf` is missing.
+        ModelError: the file does not hold all the bytes its own tables speak of, or is a part of a model.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a GGUF file needs the package gguf: pip install gguf")
     from gguf import GGUFReader
 
     size = path.stat().st_size
@@ -169,7 +170,7 @@ def _check(path: Path) -> int:
             f"{path} is one of {count} parts of a model. Serve it with llama.cpp, which reads the others beside it "
             f"(dsr1kit serve {path}), or join them first: llama-gguf-split --merge"
         )
-    return sum(int(t.n_elements) for t in reader.tensors)
+    return reader
 
 
 def _fingerprint(path: Path) -> str:

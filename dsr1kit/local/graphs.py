@@ -84,21 +84,16 @@ class Graphs:
         self, ids: torch.Tensor, at: torch.Tensor, reach: int
     ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.cuda.device(self._device):
-            return self._recorded_here(ids, at, reach)
-
-    def _recorded_here(
-        self, ids: torch.Tensor, at: torch.Tensor, reach: int
-    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
-        held_ids, held_at = ids.to(self._device), at.to(self._device)
-        aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP):
-                read_one(self._model, self._cache, held_ids, held_at, reach)
-        torch.cuda.current_stream(self._device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # On the stream of this model's device: torch's own is one of the device that recorded first.
-        with _RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-            scores = read_one(self._model, self._cache, held_ids, held_at, reach)
-        self._pool = self._pool or graph.pool()
-        return graph, held_ids, held_at, scores
+            held_ids, held_at = ids.to(self._device), at.to(self._device)
+            aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
+            aside.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP):
+                    read_one(self._model, self._cache, held_ids, held_at, reach)
+            torch.cuda.current_stream(self._device).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            # On the stream of this model's device: torch's own is one of the device that recorded first.
+            with _RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                scores = read_one(self._model, self._cache, held_ids, held_at, reach)
+            self._pool = self._pool or graph.pool()
+            return graph, held_ids, held_at, scores

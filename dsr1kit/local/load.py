@@ -7,11 +7,8 @@ code that comes with a model never runs. Knows nothing about requests or replies
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import logging
-import os
-import re
 import threading
 import time
 import warnings
@@ -20,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
-from dsr1kit.local.folder import PICKLES, WEIGHTS, default_folder, read_manifest, unfinished
+from dsr1kit.local.folder import HUB_ID, PICKLES, default_folder, read_manifest, unfinished
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
+from dsr1kit.local.load_failures import why_not
 from dsr1kit.local.memory import PRECISION_OF
+from dsr1kit.local.release import give_back_freed
 from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
-_PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ def locate(source: str) -> tuple[str, str | None]:
                 "safetensors or GGUF, or convert it with save_pretrained() where you trust it"
             )
         raise ModelError(f"{path} is a file: name the folder with config.json and *.safetensors, or a .gguf file")
-    if _HUB_ID.fullmatch(source):
+    if HUB_ID.fullmatch(source):
         # What `dsr1kit weights` has fetched is taken before anything is asked of a hub.
         fetched = (default_folder(source, origin) for origin in ("hub", "modelscope"))
         found = next((folder for folder in fetched if read_manifest(folder) is not None), None)
@@ -166,8 +164,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if gguf:
         place = str(dequantized(Path(place) / gguf))
-    shape: Shape | None = None
-    bits, model, found = "none", None, None
+    shape, precision, model = None, "", None
     try:
         # trust_remote_code stays off whatever the environment says.
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -176,6 +173,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
         bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
+        precision = PRECISION_OF[name if bits == "none" else bits]
         options = _quantized(bits, getattr(torch, name))
         came: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -203,7 +201,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     except Exception as error:  # damaged files and networks make the libraries raise what they like
         model = came = None
         # Without its traceback, whose frames hold what was loaded by then.
-        told = _why_not(source, quantization, device, error, shape, bits)
+        told = why_not(source, quantization, device, error, lambda: _fitting_instead(shape, device, precision))
         raise ModelError(told) from error.with_traceback(None)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
     parameters = int(model.num_parameters())  # which knows how 4-bit weights are packed
@@ -258,7 +256,7 @@ def _fitting(source: str, shape: Shape | None, quantization: str, dtype: str, de
         return ("none", "not known to the planner") if quantization == "auto" else (quantization, "asked for")
     here = _seen_from(device)
     if quantization == "auto":
-        context = min(_PLANNED_CONTEXT, shape.context)
+        context = min(PLANNED_CONTEXT, shape.context)
         return choose_quantization(shape, here, context, unquantized=PRECISION_OF[dtype])
     refuse_unfit(source, shape, PRECISION_OF[dtype if quantization == "none" else quantization], here)
     return quantization, "asked for"
@@ -269,7 +267,7 @@ def refuse_unfit(source: str, shape: Shape, precision: str, hardware: Hardware) 
     from dsr1kit.local.fits import advise
     from dsr1kit.local.memory import available, need
 
-    context = min(_PLANNED_CONTEXT, shape.context)
+    context = min(PLANNED_CONTEXT, shape.context)
     wanted = need(shape, precision=precision, context=context, device="cuda" if hardware.gpus else "cpu")
     if wanted.weights + wanted.activations > available(hardware):
         raise ModelError(f"{source} does not fit: {advise(shape, hardware, precision=precision, context=context)}")
@@ -291,95 +289,13 @@ def _with_free(here: Hardware, more: int) -> Hardware:
     return replace(here, memory_free_bytes=here.memory_free_bytes + more)
 
 
-def _why_not(
-    source: str, quantization: str, device: str, error: Exception, shape: Shape | None = None, bits: str = "none"
-) -> str:
-    """What failed, the likely cause, and what mends it."""
-    here = Path(source).expanduser().exists()  # such a name means nothing to a hub, whatever it looks like
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    said = (" ".join(lines[:2]) or type(error).__name__).rstrip(".:")
-    text = str(error).lower()
-    head = f"could not load {source} ({quantization}, {device}): {said}"
-    if not here and (advice := hub_advice(text)):
-        return f"{head}. {advice}"
-    if "out of memory" in text or "can't allocate memory" in text:
-        return f"{head}. {_fitting_instead(shape, device, bits)}"
-    if "no space left" in text:
-        return (
-            f"{head}. The disk is full: make room, or set HF_HOME to a folder on a larger one; "
-            f"dsr1kit weights {source} tells before how much it takes"
-        )
-    if "not compiled with cuda" in text or "no nvidia driver" in text or "cuda-capable device" in text:
-        return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
-    if not here and _HUB_ID.fullmatch(source) and (told := held_instead(source)):
-        return told
-    if "safetensor" in text or "header" in text:
-        return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
-    if here:
-        return f"{head}. A file of it is damaged or no decoder's: copy or fetch it again, whole"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and "/" in source:
-        return (
-            f"could not load {source}: it is not on this machine, and HF_HUB_OFFLINE is set, so nothing was asked for. "
-            f"Unset it, and fetch the model: dsr1kit weights {source}"
-        )
-    if "connect" in text or "couldn't find them in the cached files" in text:
-        return (
-            f"{head}. The hub could not be reached: set HF_ENDPOINT to a mirror, or fetch the model elsewhere with "
-            f"dsr1kit weights {source} --source modelscope"
-        )
-    if "can't load the model for" in text and "/" in source:
-        return (
-            f"could not load {source}: its download broke off. dsr1kit weights {source} goes on where it stopped and "
-            "checks every byte; then the same name opens it"
-        )
-    return f"{head}. Check the name, that it is a model of transformers, and that it has safetensors weights"
-
-
-def _fitting_instead(shape: Shape | None, device: str, bits: str) -> str:
+def _fitting_instead(shape: Shape | None, device: str, precision: str) -> str:
+    """What would fit, where memory ran out while a model was loaded."""
     from dsr1kit.local.fits import advise
-    from dsr1kit.local.memory import half_precision
 
-    if shape is None:
+    if shape is None or not precision:
         return "See what fits here: dsr1kit fits"
-    at = _seen_from(device)
-    precision = half_precision(at) if bits == "none" else PRECISION_OF[bits]
-    return advise(shape, at, precision=precision, context=min(_PLANNED_CONTEXT, shape.context))
-
-
-def hub_advice(said: str) -> str:
-    """What mends it where a hub refuses a model, by what its client says; empty where that is something else."""
-    text = said.lower()
-    # First: of a model that is not there the client also says that it may be gated.
-    if "is not a local folder and is not a valid model identifier" in text or "repository not found" in text:
-        return "Check the spelling of the hub id; a private model also needs HF_TOKEN"
-    if "gated repo" in text or "access to model" in text or "restricted" in text:
-        return "Accept the licence on the model's page, then set HF_TOKEN to a token of that account"
-    return ""
-
-
-def held_instead(model: str) -> str:
-    """What a model of a hub holds in place of safetensors, and what to do; empty where it has some, or cannot be seen.
-
-    Asks the hub once: only for a model that could not be loaded.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        files = sorted(file.rfilename for file in HfApi().model_info(model, timeout=10).siblings or ())
-    except Exception:  # not reached, not allowed: what failed before is told instead
-        return ""
-    safetensors, gguf = ([file for file in files if file.endswith(form)] for form in WEIGHTS)
-    pickles = [file for file in files if file.lower().endswith(PICKLES)]
-    if safetensors:
-        return ""
-    if gguf:
-        return f"{model} holds GGUF files ({len(gguf)}): fetch one (dsr1kit weights {model}), and open its folder"
-    if pickles:
-        return (
-            f"{model} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run any code when they "
-            "are loaded, and never are: look for a repository of the same model with safetensors"
-        )
-    return f"{model} holds no weights, neither safetensors nor GGUF: check the hub id"
+    return advise(shape, _seen_from(device), precision=precision, context=min(PLANNED_CONTEXT, shape.context))
 
 
 def refuse_lacking(source: str | Path, found: Any) -> None:
@@ -407,15 +323,6 @@ def _refuse_wrong_products(model: Any) -> None:
                 f"{name} has rows of {module.in_features} weights, and bitsandbytes' 4-bit on a "
                 "processor is wrong unless they are a multiple of 64; open the model with quantization='8bit'"
             )
-
-
-def give_back_freed() -> None:
-    """Return to the system what malloc keeps of freed memory, where it is glibc's.
-
-    Converting and quantizing leave up to twice the weights behind in its arenas, by chance more or less.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

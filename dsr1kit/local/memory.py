@@ -26,7 +26,7 @@ PRECISION_OF = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "8bit"
 GROWTH = 1.25  # by this factor its attention cache grows when it is full
 RANK = 16  # of an adapter on all linear layers
 # Measured resident sizes after imports and a small forward pass (Linux x86-64, torch 2.13, transformers 5.23); for
-# bitsandbytes with what its packing at the first product leaves behind in the allocator.
+# bitsandbytes with its own code and what its packing leaves behind in the allocator.
 _PROCESS, _BITSANDBYTES, _LLAMA_CPP = 400 * MIB, 100 * MIB, 100 * MIB
 _CUDA = 600 * MIB  # context, libraries' kernels, cuBLAS workspaces and rounding of blocks
 # Bits a weight of llama.cpp's block formats: 256 weights with their scales in 144, 176, 210 bytes; 32 in 22 and 34.

@@ -8,7 +8,6 @@ module. Knows nothing about channels, HTTP or scoring.
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from dataclasses import replace
@@ -24,13 +23,13 @@ from dsr1kit.local.load import (
     QUANTIZATIONS,
     LoadedModel,
     Quantization,
-    give_back_freed,
     load,
     locate,
     quiet,
 )
 from dsr1kit.local.prompts import Prompt, prompt_of
 from dsr1kit.local.reading import Kind, Text, judged, read, timing_of
+from dsr1kit.local.release import give_back, give_back_freed
 from dsr1kit.local.rows import Row
 from dsr1kit.records import (
     R1_SAMPLING,
@@ -114,15 +113,11 @@ class LocalModel:
         self._desk = Desk(self.name, lambda: quiet(python_warnings=False), self._share_cores)
         try:
             self._loaded, self._adapters = await self._in_thread(partial(self._load, self._desk))
-        except Exception:
+        except BaseException as error:
             desk, self._desk = self._desk, None
-            await asyncio.to_thread(desk.close)
-            raise
-        except BaseException:
-            desk, self._desk = self._desk, None
-            if here:  # seconds; and transformers does not load two models at a time
+            if here or isinstance(error, Exception):  # seconds; and transformers does not load two models at a time
                 await asyncio.to_thread(desk.close)
-            else:  # nobody waits for gigabytes: the thread ends behind them, or with the process
+            else:  # cancelled: nobody waits for gigabytes, and the thread ends behind them, or with the process
                 threading.Thread(target=desk.close, daemon=True).start()
             raise
         return self
@@ -133,7 +128,7 @@ class LocalModel:
         if desk is not None:
             await asyncio.to_thread(desk.close)
         if on_gpu:
-            await asyncio.to_thread(_give_gpu_back)
+            await asyncio.to_thread(give_back)  # another program's to use, such as an engine's
 
     @property
     def loaded(self) -> LoadedModel:
@@ -399,14 +394,6 @@ class LocalModel:
 def _is_here(source: str) -> bool:
     """Whether a model need not be fetched. Raises as `locate`."""
     return Path(locate(source)[0]).is_dir()
-
-
-def _give_gpu_back() -> None:
-    """What torch keeps of a closed model's memory is another program's to use, such as an engine's."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _with_adapter(reply: Reply, adapter: str | None) -> Reply:
