@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from typing import Any
 
+from dsr1kit.local.hardware import usable_cores
+
 _PACKAGES = (
     "dsr1kit", "aiohttp", "httptools", "torch", "transformers", "tokenizers", "bitsandbytes", "accelerate",
     "peft", "trl", "datasets", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbclient", "ipykernel",
@@ -36,7 +38,7 @@ def hardware() -> dict[str, Any]:
             gpus = told.stdout.split("\n")[:-1]
     return {
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
     }

@@ -16,8 +16,8 @@ import dsr1kit
 PACKAGE = Path(dsr1kit.__file__).parent
 #: Lower rooms never import higher ones. A module that is not named here speaks words for everyone: rank 0.
 ROOMS = (
-    ("access",), ("local",), ("emulator",), ("backends",), ("compare",), ("finetune",),
-    ("notebook_engine", "notebook_parameters", "notebooks"), ("commands", "doctoring", "cli", "progress", "__main__"),
+    ("access",), ("local",), ("emulator", "about"), ("backends",), ("compare",), ("finetune",),
+    ("notebook_engine", "notebook_parameters", "notebooks"), ("commands", "doctoring", "cli", "__main__"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS, 1) for room in rooms}
 

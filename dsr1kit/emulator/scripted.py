@@ -25,6 +25,7 @@ from typing import NamedTuple, Self
 from dsr1kit.access.fetch import fetch
 from dsr1kit.access.pool import Pool
 from dsr1kit.errors import RunError
+from dsr1kit.local.hardware import usable_cores
 
 _START_S = 30.0
 #: By this a question says its number, so that lateness can be matched to the request that met it.
@@ -119,7 +120,7 @@ class _Pacer:
         self._heap: list[tuple[float, int, _Answer]] = []
         self._counter = 0
         # Polling needs a core of its own: on a single one it would only be in the client's way.
-        self._poll = len(os.sched_getaffinity(0)) > 1
+        self._poll = usable_cores() > 1
         self.head = (
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
             b"Cache-Control: no-cache\r\nx-dsr1kit-emulated: scripted\r\n\r\n"

@@ -85,7 +85,7 @@ def look(root: Path = Path("/")) -> Hardware:
     if root == Path("/") and any((root / device).exists() for device in _DEVICES):
         gpus = _gpus()
     return Hardware(
-        gpus, _cores(root), cpu, features, total, free,
+        gpus, usable_cores(root), cpu, features, total, free,
         colab="google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ,
     )  # fmt: skip
 
@@ -230,7 +230,8 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
                     yield version, folder
 
 
-def _cores(root: Path) -> int:
+def usable_cores(root: Path = Path("/")) -> int:
+    """Processors that this process may keep busy, affinity and container quotas honoured; at least 1."""
     allowed = _allowed(_read(root / "proc/self/status"))
     if not allowed:
         with contextlib.suppress(AttributeError):  # not on macOS
