@@ -161,7 +161,8 @@ class LoopbackHub:
             return refused
         assert repo is not None
         entries = []
-        for path, content in repo.commits[request.match_info["revision"]].items():
+        commit = repo.at(request.match_info["revision"])
+        for path, content in (repo.commits[commit] if commit else {}).items():
             entry = {"type": "file", "path": path, "size": len(content), "oid": git_blob(content)}
             if large(path):
                 entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}

@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import hub as loopback
 import psutil
 import pytest
 import yaml
@@ -294,47 +293,6 @@ def test_a_model_that_is_not_there_and_pickles_are_refused(tmp_path):
         run(Engine("tiny-r1", context=4096, command=FAKE))
 
 
-def test_a_hub_model_that_cannot_be_downloaded_is_told_with_what_helps(monkeypatch, tmp_path):
-    code = (
-        "import asyncio\nfrom dsr1kit.local.engines import Engine\n"
-        "asyncio.run(Engine('no-such-org/no-such-model', engine='transformers').__aenter__())"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "ModelError: no-such-org/no-such-model could not be downloaded" in ran.stderr
-    assert "HF_HUB_OFFLINE" in ran.stderr
-
-
-def test_what_the_hub_refuses_is_told_with_what_mends_it(tmp_path):
-    config = (data_dir() / "tiny-r1" / "config.json").read_bytes()
-    code = (
-        "import asyncio, sys\nfrom dsr1kit.errors import ModelError\nfrom dsr1kit.local.engines import Engine\n"
-        "for model in sys.argv[1:]:\n"
-        "    try:\n        asyncio.run(Engine(model, engine='transformers').__aenter__())\n"
-        "    except ModelError as error:\n        print(error)"
-    )
-    with loopback.running() as hub:
-        hub.push("someone/gated", {"config.json": config}, gated=True)
-        hub.push("someone/pickled", {"config.json": config, "pytorch_model.bin": b"x"})
-        huge = json.dumps(json.loads(config) | {"num_hidden_layers": 200, "hidden_size": 32768, "head_dim": 256})
-        hub.push("someone/huge", {"config.json": huge.encode(), "model.safetensors": loopback.safetensors(1000)})
-        models = [f"someone/{name}" for name in ("misspelled", "gated", "pickled", "huge")]
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
-        ran = subprocess.run(
-            [sys.executable, "-c", code, *models], env=os.environ | environment, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        asked_for_pickles, asked_for_weights = hub.of("pytorch_model.bin"), hub.of("model.safetensors")
-    misspelled, gated, pickled, huge, *_ = ran.stdout.splitlines()
-    assert "Check the spelling of the hub id" in misspelled
-    assert "Accept the licence on the model's page, then set HF_TOKEN" in gated
-    assert "only as pickles (pytorch_model.bin), which can run any code" in pickled
-    assert not asked_for_pickles
-    assert "someone/huge does not fit" in huge
-    assert "short" in huge
-    assert not asked_for_weights, "what does not fit is not fetched first"
-
-
 @pytest.fixture
 def copied(tmp_path):
     """A copy of tiny-r1 to break."""
@@ -357,7 +315,7 @@ def test_damaged_files_are_told_before_an_engine_is_started(on_path, told, copie
 
     weights = (copied / "model.safetensors").read_bytes()
     (copied / "model.safetensors").write_bytes(weights[:-100])
-    assert "was not copied to its end or is damaged (copy it again): model.safetensors" in refused()
+    assert f"or is damaged: model.safetensors is no whole safetensors file ({len(weights) - 100} bytes of" in refused()
     (copied / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     assert "model.safetensors is no whole safetensors file (2048 bytes)" in refused()
     (copied / "model.safetensors").write_bytes(weights)

@@ -9,7 +9,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 
@@ -225,32 +224,6 @@ def test_a_quota_of_fewer_cores_bounds_the_threads(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_cancelling_does_not_wait_for_what_is_being_fetched(monkeypatch):
-    from dsr1kit.local import model as module
-
-    begun, go_on = threading.Event(), threading.Event()
-
-    def load(*_):
-        begun.set()
-        assert go_on.wait(60)
-        raise ModelError("it came to nothing")
-
-    monkeypatch.setattr(module, "load", load)
-
-    async def scenario():
-        opening = asyncio.ensure_future(LocalModel("someone/model").__aenter__())
-        await asyncio.to_thread(begun.wait, 60)
-        opening.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await opening
-        assert not go_on.is_set()
-
-    try:
-        asyncio.run(asyncio.wait_for(scenario(), 30))
-    finally:
-        go_on.set()
 
 
 def test_an_error_while_loading_keeps_nothing_of_the_model(tmp_path):

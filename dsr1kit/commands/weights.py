@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +43,7 @@ def weights(
     0 3 * * *  dsr1kit weights ORG/NAME ORG/OTHER --sync --json >> weights.log 2>&1
     """
     from dsr1kit.local.weights import fetch_weights
+    from dsr1kit.progress import fetch_progress
 
     names = list(dict.fromkeys(models))
     if to is not None and len(names) > 1:
@@ -54,11 +52,11 @@ def weights(
     codes: list[int] = []
     for name in names:
         try:
-            with _progress(name, shown=not as_json and sys.stderr.isatty()) as tell:
+            with fetch_progress(name, quiet=as_json) as (tell, note):
                 done = run_async(
                     fetch_weights(
                         name, source=source, revision=revision, files=file or (), to=to, sync=sync, dry_run=dry_run,
-                        on_progress=tell, on_note=_note,
+                        on_progress=tell, on_note=note,
                     )
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -79,10 +77,6 @@ def weights(
         raise SystemExit(min(codes))
 
 
-def _note(text: str) -> None:
-    print(f"dsr1kit: {text}", file=sys.stderr)
-
-
 def _show(done: Weights, *, dry_run: bool) -> None:
     from dsr1kit.local.choice import size_text
 
@@ -99,21 +93,3 @@ def _show(done: Weights, *, dry_run: bool) -> None:
     else:
         print(f"all {len(done.files)} files are there, {size_text(done.total_bytes)}")
     print(done.folder)
-
-
-@contextlib.contextmanager
-def _progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes on stderr; None where nobody looks."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

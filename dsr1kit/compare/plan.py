@@ -24,7 +24,7 @@ from dsr1kit.compare.money import Estimate, TokenGuess, expected_cost, observed_
 from dsr1kit.compare.settings import USUAL_ITEMS
 from dsr1kit.compare.tasks import facts, load_task
 from dsr1kit.errors import Dsr1kitError, UsageError
-from dsr1kit.local.load import locate
+from dsr1kit.local.places import locate
 
 _LOADED = 5_000  # questions; of more, the first stand for the rest
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dsr1kit import about
 from dsr1kit.access.channels import Channel, load_channels
 from dsr1kit.access.prices import Price
-from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
+from dsr1kit.backends import is_local, open_backend, price_of
 from dsr1kit.compare import report
 from dsr1kit.compare.asking import Asking, Question, in_order
 from dsr1kit.compare.beforehand import expected_costs, in_words
@@ -33,7 +33,7 @@ from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import digest, endless, facts, load_task
 from dsr1kit.errors import ModelError, RunError
 from dsr1kit.keys import require_key
-from dsr1kit.local.load import locate
+from dsr1kit.local.model import LocalModel
 from dsr1kit.records import Backend
 
 __all__ = ["Finished", "OnProgress", "RunSettings", "finish", "run_comparison"]
@@ -73,7 +73,7 @@ async def run_comparison(
 
     Raises:
         UsageError: unknown names, missing keys, a folder of another run; before anything is asked.
-        ModelError: a local model that is not there, likewise.
+        ModelError: a local model that is not there and cannot be fetched, likewise.
         RunError: the folder can no longer be written.
     """
     catalogue = load_channels(channel_file)
@@ -85,8 +85,8 @@ async def run_comparison(
     for name in settings.channels:
         if name in catalogue and catalogue[name].api_key_env and not catalogue[name].retired_on():
             require_key(catalogue[name].api_key_env, name)
-        if is_local(name):
-            locate(name.removeprefix(LOCAL).partition("@")[0])
+        if isinstance(local := backends[name], LocalModel):
+            await local.fetch()
     prices = {name: price_of(name, catalogue) for name in settings.channels}
     identity = _identity(settings, items, catalogue, backends)
     hosted_ones = [catalogue[name] for name in settings.channels if name in catalogue]

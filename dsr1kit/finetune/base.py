@@ -14,7 +14,8 @@ from typing import Any
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, RunError
 from dsr1kit.finetune.settings import AdapterSettings
 from dsr1kit.local.hardware import SMALL
-from dsr1kit.local.load import LoadedModel, load, locate
+from dsr1kit.local.load import LoadedModel, load
+from dsr1kit.local.places import locate
 from dsr1kit.local.shapes import find_shape
 
 #: Linear layers of the architectures that R1 and its distills have; routers and fused experts are none of them.

@@ -32,11 +32,13 @@ from dsr1kit.finetune.modelcard import (
     write_card,
 )
 from dsr1kit.local.adapters import WEIGHTS
+from dsr1kit.local.bring import bring_now
 from dsr1kit.local.engine_checks import cause_in, check_weights_of
 from dsr1kit.local.engine_commands import read_json
 from dsr1kit.local.hardware import SMALL, Choice
 from dsr1kit.local.identity import sha256_of
-from dsr1kit.local.load import load, locate, quiet
+from dsr1kit.local.load import load, quiet
+from dsr1kit.local.places import locate
 
 #: What a merge notes beside its weights; a folder with it may be replaced by a later merge, any other may not.
 MERGED = "merged.json"
@@ -270,6 +272,7 @@ def _own_dtype(source: str) -> str:
     """
     from transformers import AutoConfig
 
+    bring_now(source)
     place, gguf = locate(source)
     if gguf:
         return "float32"  # the loader takes the folder that it is converted to

@@ -19,7 +19,7 @@ from dsr1kit.local.engine_checks import check_adapter
 from dsr1kit.local.engine_commands import chat_template, read_json
 from dsr1kit.local.hardware import TINY
 from dsr1kit.local.identity import same_model
-from dsr1kit.local.load import locate
+from dsr1kit.local.places import locate
 
 if TYPE_CHECKING:
     from dsr1kit.compare.stats import Interval, PairedDifference
@@ -150,7 +150,7 @@ def serve_commands(base: str, adapter: Path, *, merged: Path | None = None) -> d
         ModelError, UnknownName: no such base; an adapter of a rank that vLLM does not serve.
     """
     place, gguf = locate(base)
-    folder, whole = _cached(place), Path(adapter).resolve()
+    folder, whole = Path(place), Path(adapter).resolve()
     # Not here to be looked into: taken for R1's.
     thinks = not folder.is_dir() or "<think>" in chat_template(folder)
     context = _context(folder, commands.CONTEXT_GPU)
@@ -169,16 +169,6 @@ def serve_commands(base: str, adapter: Path, *, merged: Path | None = None) -> d
 
 def _context(folder: Path, most: int) -> int:
     return min(most, int(read_json(folder / "config.json").get("max_position_embeddings") or most))
-
-
-def _cached(place: str) -> Path:
-    """The folder of a model that is on this machine, in the hub's own cache too; else a path that is none."""
-    if Path(place).is_dir():
-        return Path(place)
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(place, "config.json")
-    return Path(file).parent if isinstance(file, str) else Path(place)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -246,7 +236,7 @@ def _public(base: str) -> str:
 def _base_license(base: str) -> str:
     """The license that the base's own card names, where that is on this machine."""
     try:
-        text = (_cached(locate(base)[0]) / _CARD).read_text(encoding="utf-8")
+        text = (Path(locate(base)[0]) / _CARD).read_text(encoding="utf-8")
     except (Dsr1kitError, OSError, ValueError):  # not here, or not to be read: then it is not known
         return ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsr1kit.compare.items import Item, hashed
 from dsr1kit.compare.task_files import PREFIX as FILE
-from dsr1kit.errors import Dsr1kitError, UsageError
+from dsr1kit.errors import Dsr1kitError, ModelError, UsageError
 from dsr1kit.finetune.checks import Checked, check
 from dsr1kit.finetune.data import WORKED, Example, load_examples
 from dsr1kit.finetune.encode import encode
@@ -21,14 +21,17 @@ from dsr1kit.finetune.gain import Gain, GainSettings, measure_gain, questions
 from dsr1kit.finetune.lint import Lint, lint
 from dsr1kit.finetune.settings import Preset, SftSettings, preset
 from dsr1kit.finetune.sft import Trained, train_sft
+from dsr1kit.local.bring import bring_now
 from dsr1kit.local.hardware import look
-from dsr1kit.local.load import locate, quiet
+from dsr1kit.local.load import quiet
+from dsr1kit.local.places import locate
 from dsr1kit.local.release import give_back
-from dsr1kit.local.shapes import find_shape
+from dsr1kit.local.shapes import find_shape, shape_of_config
 from dsr1kit.records import Sampling
 
 if TYPE_CHECKING:
     from dsr1kit.finetune.trainers import OnStep
+    from dsr1kit.local.weights import Coming
 
 HELD_OUT = "held_out.jsonl"
 _MOST_HELD_OUT, _SHARE_HELD_OUT = 300, 5
@@ -76,22 +79,31 @@ class Measure:
 
 
 def suited(model: str, *, max_length: int | None = None) -> Preset:
-    """The preset for a model on this machine. Raises as `settings.preset`."""
+    """The preset for a model on this machine; a hub id that is not here is fetched. Raises as `settings.preset` and
+    `bring`."""
     from dsr1kit.local.gguf import dequantized
 
+    def refuse(coming: Coming) -> None:
+        try:
+            shape = shape_of_config(coming.config or {})
+        except ModelError:  # not known to the planner
+            return
+        preset(model, shape, look(), max_length=max_length)
+
+    bring_now(model, on_plan=refuse)
     place, gguf = locate(model)
     try:  # a GGUF file is trained on as the folder that it is converted to
         shape = find_shape(str(dequantized(Path(place) / gguf)) if gguf else place)
-    except Dsr1kitError:  # of an architecture that the planner does not know, or not fetched yet
+    except Dsr1kitError:  # of an architecture that the planner does not know
         shape = None
     return preset(model, shape, look(), max_length=max_length)
 
 
 def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
-    """A model's tokenizer and special ids, without its weights.
+    """A model's tokenizer and special ids, without its weights in memory; a hub id that is not here is fetched.
 
     Raises:
-        ModelError: as `LocalModel` does.
+        ModelError, UsageError: as `LocalModel` does.
     """
     from types import SimpleNamespace
 
@@ -100,6 +112,7 @@ def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
     from dsr1kit.local.gguf import dequantized
     from dsr1kit.local.rows import marks_of
 
+    bring_now(model)
     place, gguf = locate(model)
     if gguf:
         place = str(dequantized(Path(place) / gguf))

@@ -90,7 +90,10 @@ class Adapters:
             UnknownName: no such adapter is loaded.
         """
         if name is not None and name not in self._inner:
-            raise UnknownName("adapter", name, self.names, hint="(load it first: await model.load_adapter(folder))")
+            hint = "(load it first: await model.load_adapter(folder))"
+            if not self._inner:
+                hint = "; none is loaded yet: await model.load_adapter(folder)"
+            raise UnknownName("adapter", name, self.names, hint=hint)
         if name is not None:
             self._model.enable_adapters()
             self._model.set_adapter(self._inner[name])

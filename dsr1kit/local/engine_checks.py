@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def gpus_for(folder: Path, hardware: Hardware, *, dtype: str, quantization: Quan
 
     The number also divides the model's attention heads, which are what is spread.
     """
-    if len(hardware.gpus) < 2 or (planned := _planned(folder, hardware, dtype, quantization)) is None:
+    if len(hardware.gpus) < 2:
+        return 1
+    if (planned := _planned(read_json(folder / "config.json"), hardware, dtype, quantization)) is None:
         return 1
     shape, precision = planned
     if need(shape, precision=precision, context=context).total <= min(gpu.free_bytes for gpu in hardware.gpus):
@@ -94,15 +97,24 @@ def gpus_for(folder: Path, hardware: Hardware, *, dtype: str, quantization: Quan
     return many
 
 
-def check_room(source: str, folder: Path, hardware: Hardware, *, dtype: str, quantization: Quantization) -> None:
-    """Raise ModelError, with what would fit, where a model's weights alone exceed what is free on `hardware`."""
-    if (planned := _planned(folder, hardware, dtype, quantization)) is not None:
+def check_room(
+    source: str, config: Mapping[str, Any], hardware: Hardware, *, dtype: str, quantization: Quantization
+) -> None:
+    """Raise ModelError, with what would fit, where a model's weights alone exceed what is free on `hardware`.
+
+    Args:
+        source: the model, as the person named it.
+        config: the content of its config.json.
+        hardware, dtype, quantization: what it is to be loaded on, and as what.
+    """
+    if (planned := _planned(config, hardware, dtype, quantization)) is not None:
         refuse_unfit(source, *planned, hardware)
 
 
-def _planned(folder: Path, hardware: Hardware, dtype: str, quantization: Quantization) -> tuple[Shape, str] | None:
+def _planned(
+    config: Mapping[str, Any], hardware: Hardware, dtype: str, quantization: Quantization
+) -> tuple[Shape, str] | None:
     """Shape and precision as the planner knows them; None for what it does not know: the engine will find out."""
-    config = read_json(folder / "config.json")
     try:
         shape = shape_of_config(config)
     except Dsr1kitError:
@@ -128,9 +140,9 @@ def _check_json(path: Path) -> None:
 
 def _check_files(folder: Path, files: list[Path]) -> None:
     try:
-        check_weights({file.name: file for file in files})
+        check_weights({file.name: file for file in files}, "copy it again, whole")
     except ModelError as error:
-        raise ModelError(f"{folder} was not copied to its end or is damaged (copy it again): {error}") from None
+        raise ModelError(f"{folder} was not copied to its end or is damaged: {error}") from None
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error}") from None
 

@@ -29,6 +29,7 @@ from dsr1kit.access.channels import Channel, Family
 from dsr1kit.access.prices import Price
 from dsr1kit.errors import ModelError, RunError, UnknownName, UsageError
 from dsr1kit.local import engine_commands as commands
+from dsr1kit.local.bring import bring
 from dsr1kit.local.engine_checks import (
     ENDED_BY_OTHERS,
     advice_for,
@@ -41,17 +42,18 @@ from dsr1kit.local.engine_checks import (
 )
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
-from dsr1kit.local.engine_weights import config_of, folder_of
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
-from dsr1kit.local.load import locate
+from dsr1kit.local.places import locate
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
     from dsr1kit.access.client import ChannelClient
+    from dsr1kit.local.weights import Coming
 
 _HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 _Given = TypeVar("_Given")
 _Found = TypeVar("_Found")
+_CUSTOM = "custom"
 _SHOWN_LINES = 8  # of a log, behind what is said of a failure
 _CAUSE_LINES = 1000  # of a log in which the cause of an end is looked for: vLLM's stands hundreds above its last line
 # They would make the engine ask for a key that the channel does not send.
@@ -79,7 +81,7 @@ class Engine:
 
     Attributes:
         channel: usable wherever a Channel is, while the engine is open.
-        engine, reason: which engine it became, and why.
+        engine, reason: which engine it became (`custom` with a command of your own), and why.
 
     Raises:
         UnknownName, UsageError: an option or a model that cannot be meant, a port that is taken, a log that cannot
@@ -194,21 +196,17 @@ class Engine:
     async def _prepared(self) -> commands.Serving:
         """Find the weights, choose the engine, and settle all that its command line says."""
         self._check_log()
-        place, gguf = locate(self.source)
+        locate(self.source)  # a wrong name is told before anything else
         hardware = await asyncio.to_thread(look)
-        self.engine, self.reason = commands.choose_engine(
-            self._wanted, gguf=gguf is not None, gpus=hardware.gpus, quantization=self._quantization
-        )
         if self._adapter is not None:
             check_adapter(self._adapter)
-        if self._command is None:
-            commands.program(self.engine)  # a missing engine is told before gigabytes are fetched for it
         port = self._port or free_port()
         if by := taken(port):
             raise UsageError(f"port {port} on {HOST} is taken{by}; free now: {free_port()} (0 takes any free one)")
-        if not gguf and self._command is None and (told := await _aside(config_of, place)) is not None:
-            check_room(self.source, told, hardware, dtype="bfloat16", quantization=self._quantization)
-        weights = Path(place) / gguf if gguf else await _aside(folder_of, place)
+        await bring(self.source, on_plan=lambda coming: self._suit(coming, hardware))
+        place, gguf = locate(self.source)
+        self._choose(hardware, gguf=gguf is not None)
+        weights = Path(place) / gguf if gguf else Path(place)
         name = commands.served_name(self.source, weights, self._adapter)
         if gguf and self.engine == "transformers" and self._command is None:
             from dsr1kit.local.gguf import dequantized
@@ -233,13 +231,30 @@ class Engine:
                 gpus = gpus_for(weights, hardware, dtype=dtype, quantization=bits, context=context)
             used = replace(hardware, gpus=hardware.gpus[:gpus])
             share = commands.memory_share(used.gpus)
-            check_room(self.source, weights, used, dtype=dtype, quantization=bits)
+            check_room(self.source, commands.read_json(weights / "config.json"), used, dtype=dtype, quantization=bits)
         return commands.Serving(
             name=name, weights=weights, port=port, context=context,
-            batch=self._batch or commands.BATCH[self.engine], dtype=dtype, gpus=gpus,
+            batch=self._batch or commands.BATCH.get(self.engine, 1), dtype=dtype, gpus=gpus,
             device="cuda:0" if hardware.gpus else "cpu", quantization=self._quantization, adapter=self._adapter,
             memory_share=share, thinks=folder and "<think>" in commands.chat_template(weights),
         )  # fmt: skip
+
+    def _choose(self, hardware: Hardware, *, gguf: bool) -> None:
+        """Choose the engine, and find it."""
+        if self._command is not None and self._wanted == "auto":
+            self.engine, self.reason = _CUSTOM, "a command line of your own"
+            return
+        self.engine, self.reason = commands.choose_engine(
+            self._wanted, gguf=gguf, gpus=hardware.gpus, quantization=self._quantization
+        )
+        if self._command is None:
+            commands.program(self.engine)
+
+    def _suit(self, coming: Coming, hardware: Hardware) -> None:
+        """A missing engine, and too little memory, are told before gigabytes are fetched."""
+        self._choose(hardware, gguf=not any(file.endswith(".safetensors") for file in coming.files))
+        if self._command is None and coming.config is not None and self.engine != "llama.cpp":
+            check_room(self.source, coming.config, hardware, dtype="bfloat16", quantization=self._quantization)
 
     def _check_log(self) -> None:
         if not self._own_log:
@@ -255,7 +270,7 @@ class Engine:
         inline = self.engine == "transformers" and serving.thinks and not splits_thinking(serving.weights)
         return Channel(
             name=self.name,
-            title=f"{serving.name} served by {self.engine} on this machine",
+            title=f"{serving.name} served by {self._called} on this machine",
             base_urls=(f"http://{HOST}:{serving.port}/v1",),
             # The revision is part of the name in transformers' replies.
             model=f"{serving.name}@main" if self.engine == "transformers" and self._command is None else serving.name,
@@ -293,7 +308,7 @@ class Engine:
         try:
             await self._process.start()
         except OSError as error:
-            raise RunError(f"{self.engine} could not be started: {error}") from None
+            raise RunError(f"{self._called} could not be started: {error}") from None
         await self._healthy(self._process, deadline)
         left = max(1.0, deadline - loop.time())
         # Loading and compiling that wait for a first request happen now, and their failures are told now.
@@ -305,7 +320,7 @@ class Engine:
             raise RunError(self._ended(self._process))
         if not fine:
             raise RunError(
-                f"{self.engine} runs but does not answer ({reply.outcome.value}: {reply.detail}); the log says: "
+                f"{self._called} runs but does not answer ({reply.outcome.value}: {reply.detail}); the log says: "
                 f"{(cause := self._cause(self._process)) or 'nothing'}. {advice_for(self.source, 0, cause)}"
                 + self._log(self._process)
             )
@@ -329,7 +344,7 @@ class Engine:
                         if response.status == 200:
                             return
         raise RunError(
-            f"{self.engine} was not ready after {self._start_s:g} s: give it longer (--start-s), or look why in its "
+            f"{self._called} was not ready after {self._start_s:g} s: give it longer (--start-s), or look why in its "
             f"log, which says: {self._cause(process) or 'nothing'}. {self._log(process)}"
         )
 
@@ -359,14 +374,18 @@ class Engine:
 
     # --- what is said when it fails -----------------------------------------------------------------------------
 
+    @property
+    def _called(self) -> str:
+        return "your command" if self.engine == _CUSTOM else self.engine
+
     def _ended(self, process: Supervised) -> str:
         code, cause = process.code or 0, self._cause(process)
         advice = advice_for(self.source, code, cause, process.tail())
         if not cause:
-            return f"{self.engine} {ending(code)}. {advice}{self._log(process)}"
+            return f"{self._called} {ending(code)}. {advice}{self._log(process)}"
         if code in ENDED_BY_OTHERS:
-            return f"{self.engine} {ending(code)}. {advice}Its log, {self.log_path}, ends: {cause}"
-        return f"{self.engine} {ending(code)}: {cause.rstrip('.')}. {advice}{self._log(process)}"
+            return f"{self._called} {ending(code)}. {advice}Its log, {self.log_path}, ends: {cause}"
+        return f"{self._called} {ending(code)}: {cause.rstrip('.')}. {advice}{self._log(process)}"
 
     def _cause(self, process: Supervised) -> str:
         # Who ended it by a signal did not write to the log: an error of hours ago is not the cause.

@@ -132,40 +132,39 @@ def series_of(path: str) -> tuple[str, int] | None:
     return (f"{found[1]}-*-of-{found[3]}{found[4]}", int(found[3])) if found else None
 
 
-def check_weights(files: Mapping[str, Path]) -> None:
+def check_weights(files: Mapping[str, Path], mend: str = "the repository is broken, take another") -> None:
     """Check that weights are what they call themselves and that no shard is missing.
 
     Args:
         files: where each path of the model lies now.
+        mend: what to do about one that is not.
 
     Raises:
         ModelError: a file is no safetensors or GGUF, is cut short, or an index names a shard that is not there.
     """
     for name, path in files.items():
         if name.endswith(".safetensors"):
-            _check_safetensors(name, path)
+            _check_safetensors(name, path, mend)
         elif name.endswith(".gguf"):
             with path.open("rb") as opened:
                 if opened.read(4) != b"GGUF":
-                    raise ModelError(
-                        f"{name} does not begin as a GGUF file does: the repository is broken, take another"
-                    )
+                    raise ModelError(f"{name} does not begin as a GGUF file does: {mend}")
         elif name.endswith(".safetensors.index.json"):
             try:
                 shards = set(json.loads(path.read_bytes())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ModelError(f"{name} is no index of shards: the repository is broken, take another") from None
+                raise ModelError(f"{name} is no index of shards: {mend}") from None
             parent = PurePosixPath(name).parent
             if missing := sorted(shard for shard in shards if str(parent / str(shard)) not in files):
                 raise ModelError(
-                    f"{name} names {missing[0]} ({len(missing)} shards in all) that are not among the files: the "
-                    "repository is incomplete, or --file leaves them out"
+                    f"{name} names {missing[0]} ({len(missing)} shards in all) that are not among the files: unless "
+                    f"--file left them out, {mend}"
                 )
 
 
-def _check_safetensors(name: str, path: Path) -> None:
+def _check_safetensors(name: str, path: Path, mend: str) -> None:
     size = path.stat().st_size
-    broken = f"{name} is no whole safetensors file ({size} bytes): the repository is broken, take another"
+    broken = f"{name} is no whole safetensors file ({size} bytes): {mend}"
     with path.open("rb") as opened:
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -179,7 +178,7 @@ def _check_safetensors(name: str, path: Path) -> None:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise ModelError(broken) from None
     if 8 + length + end != size:
-        raise ModelError(f"{broken}; its header speaks of {8 + length + end} bytes")
+        raise ModelError(f"{name} is no whole safetensors file ({size} bytes of {8 + length + end}): {mend}")
 
 
 class Change:

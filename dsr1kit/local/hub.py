@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 SOURCES = ("hub", "modelscope")
-_ENDPOINTS = {"hub": "https://huggingface.co", "modelscope": "https://modelscope.cn"}
+_ENDPOINTS = {"hub": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 _ENDPOINT_VARIABLES = {"hub": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
 _KEYS = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 _BRANCHES = {"hub": "main", "modelscope": "master"}
@@ -83,7 +83,7 @@ class Hub:
         self.endpoint = (endpoint or os.environ.get(variable, "").strip() or _ENDPOINTS[source]).rstrip("/")
         if not _web_address(self.endpoint):
             raise UsageError(f"{variable}={self.endpoint!r} is no http(s):// URL, such as {_ENDPOINTS[source]}")
-        if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on"):
+        if offline():
             raise UsageError("HF_HUB_OFFLINE is set, so nothing is downloaded: unset HF_HUB_OFFLINE, then run it again")
         self._token: str | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -220,11 +220,11 @@ class Hub:
                 return there
         raise ModelError(f"{self.title} redirects to what is no http(s):// URL: take another (HF_ENDPOINT, --source)")
 
-    def given_up(self, what: str, error: Temporary) -> ModelError:
-        """Return the error for a user when the last attempt was in vain."""
+    def given_up(self, what: str, error: Temporary, kept: str = "") -> ModelError:
+        """Return the error for a user when the last attempt was in vain; `kept` is what remains of the others."""
         return ModelError(
-            f"{what} could not be fetched from {self.title} ({self.endpoint}): {error}, again and "
-            f"again. What came is kept, the same command goes on from there; if it stays so: {self._elsewhere()}"
+            f"{what} could not be fetched from {self.title} ({self.endpoint}): {error}, again and again. "
+            f"{kept or 'Try again later'}; if it stays so: {self._elsewhere()}"
         )
 
     async def _json(self, url: str, model: str, revision: str = "") -> Any:
@@ -303,6 +303,11 @@ class Hub:
         if self.source == "modelscope":
             return "--source hub, or the network's proxy (HTTPS_PROXY)"
         return "a mirror (export HF_ENDPOINT=https://hf-mirror.com), --source modelscope, or a proxy (HTTPS_PROXY)"
+
+
+def offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to ask a hub, as its own client reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def require_source(source: str) -> None:

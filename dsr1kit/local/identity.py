@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsr1kit.errors import Dsr1kitError
 from dsr1kit.local.folder import read_manifest
-from dsr1kit.local.load import locate
+from dsr1kit.local.places import is_id, locate
 
 
 def sha256_of(path: Path) -> str:
@@ -38,8 +38,8 @@ def place_of(name: str) -> str:
         place, gguf = locate(name)
     except Dsr1kitError:
         return name
+    if is_id(name):
+        return name
     if gguf:
         return str((Path(place) / gguf).resolve())
-    if not Path(place).is_dir():
-        return place
     return str(Path(place).resolve()) if (told := read_manifest(Path(place))) is None else told.model

@@ -1,4 +1,4 @@
-"""Find, check and load a local model: which source, which dtype and why, which quantization.
+"""Check and load a local model: which dtype and why, which quantization.
 
 torch and transformers are imported inside the functions. Weights are safetensors or GGUF, never pickles, and
 code that comes with a model never runs. Knows nothing about requests or replies.
@@ -16,25 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UnknownName, UsageError
-from dsr1kit.local.folder import HUB_ID, PICKLES, default_folder, read_manifest, unfinished
+from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UsageError
+from dsr1kit.local.bring import bring_now
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.local.load_failures import why_not
 from dsr1kit.local.memory import PRECISION_OF
+from dsr1kit.local.places import locate
 from dsr1kit.local.release import give_back_freed
-from dsr1kit.paths import data_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from dsr1kit.local.hardware import Hardware
     from dsr1kit.local.rows import Marks
     from dsr1kit.local.shapes import Shape
+    from dsr1kit.local.weights import Coming
 
 Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
 PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
 
@@ -74,72 +74,28 @@ class LoadedModel:
         """What would fit, where one request of so many tokens did not."""
         from dsr1kit.local.fits import advise
 
-        if (shape := _shape(self.model.config)) is None:
+        if (shape := _shape(self.model.config.to_dict())) is None:
             return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
         # The weights that are loaded stay: what they hold counts as free for the whole.
         here = _with_free(_seen_from(self.device), int(self.model.get_memory_footprint()))
         return advise(shape, here, precision=self.precision, context=context)
 
 
-def locate(source: str) -> tuple[str, str | None]:
-    """Return what transformers loads, a folder or hub id, and the GGUF file within it, if it is one.
-
-    Raises:
-        UnknownName: neither a known name, a path nor a hub id.
-        ModelError: a path that does not exist, or that holds no safetensors.
-    """
-    if source == "tiny-r1":
-        return str(data_dir() / "tiny-r1"), None
-    path = Path(source).expanduser()
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"there is no file {path}; download the GGUF first, then name its path")
-        return str(path.parent), path.name
-    if path.is_dir():
-        if told := unfinished(path):
-            raise ModelError(told)
-        if not list(path.glob("*.safetensors")) and (files := sorted(path.glob("*.gguf"))):
-            if len(files) > 1:
-                named = ", ".join(file.name for file in files[:5])
-                raise ModelError(f"{path} holds {len(files)} GGUF files: name the one to open ({named})")
-            return locate(str(files[0]))
-        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise ModelError(
-                f"{path} needs config.json and *.safetensors; other checkpoints (.bin, .pt) are pickles, which can "
-                "run any code when they are loaded, and never are: convert them with save_pretrained() where you "
-                "trust them"
-            )
-        if not any(file.match(form) for file in path.iterdir() for form in _VOCABULARIES):
-            # transformers would make up an empty one.
-            raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
-        return str(path), None
-    if path.is_file():
-        if path.suffix.lower() in PICKLES:
-            raise ModelError(
-                f"{path} is a pickle, which can run any code when it is loaded, and never is: take the model as "
-                "safetensors or GGUF, or convert it with save_pretrained() where you trust it"
-            )
-        raise ModelError(f"{path} is a file: name the folder with config.json and *.safetensors, or a .gguf file")
-    if HUB_ID.fullmatch(source):
-        # What `dsr1kit weights` has fetched is taken before anything is asked of a hub.
-        fetched = (default_folder(source, origin) for origin in ("hub", "modelscope"))
-        found = next((folder for folder in fetched if read_manifest(folder) is not None), None)
-        return (source, None) if found is None else locate(str(found))
-    if "/" in source:
-        raise ModelError(f"there is no folder {path}; name a folder, a hub id (org/name) or a .gguf file")
-    raise UnknownName("model", source, ["tiny-r1"], hint="(or a folder, a hub id org/name, a .gguf file)")
+def require_local() -> None:
+    """Raise MissingExtra where torch or transformers is not installed."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        raise MissingExtra("a local model", "local", "torch with transformers")
 
 
 def load(source: str, quantization: Quantization, device: str, dtype: str, threads: int | None) -> LoadedModel:
-    """Load `source` in the calling thread.
+    """Load `source` in the calling thread; a hub id that is not here is fetched first.
 
     Raises:
         MissingExtra: torch or transformers is not installed.
         ModelError: it cannot be loaded; the message says why and what mends it.
     """
     started = time.perf_counter()
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        raise MissingExtra("a local model", "local", "torch with transformers")
+    require_local()
     import torch
 
     if threads is not None:
@@ -157,7 +113,10 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     from dsr1kit.local.gguf import dequantized
     from dsr1kit.local.rows import marks_of
 
+    bring_now(source, on_plan=lambda coming: refuse_coming(source, coming, quantization, device, dtype))
     place, gguf = locate(source)
+    if device != "auto":
+        require_device(device)
     if gguf and quantization not in ("none", "auto"):
         raise UsageError("a GGUF file has its own quantization: open it with quantization='none'")
     if device == "auto":
@@ -169,7 +128,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         # trust_remote_code stays off whatever the environment says.
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        shape = _shape(config)
+        shape = _shape(config.to_dict())
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
         bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
@@ -240,12 +199,12 @@ def _quantized(quantization: str, compute: Any) -> dict[str, Any]:
     return {}
 
 
-def _shape(config: Any) -> Shape | None:
+def _shape(config: Mapping[str, Any]) -> Shape | None:
     """The shape by which the planner counts; None for an architecture that it does not know."""
     from dsr1kit.local.shapes import shape_of_config
 
     try:
-        return shape_of_config(config.to_dict())
+        return shape_of_config(config)
     except Dsr1kitError:
         return None
 
@@ -260,6 +219,38 @@ def _fitting(source: str, shape: Shape | None, quantization: str, dtype: str, de
         return choose_quantization(shape, here, context, unquantized=PRECISION_OF[dtype])
     refuse_unfit(source, shape, PRECISION_OF[dtype if quantization == "none" else quantization], here)
     return quantization, "asked for"
+
+
+def require_device(device: str) -> None:
+    """Raise UsageError where torch knows no such device, or this machine has fewer."""
+    import torch
+
+    mend = "leave it at 'auto', or name cpu, cuda or cuda:N"
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is none of torch's: {mend}") from None
+    if named.type == "cuda" and torch.cuda.is_available() and (named.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r} is not there, of {torch.cuda.device_count()} GPUs: {mend}")
+
+
+def refuse_coming(source: str, coming: Coming, quantization: str, device: str, dtype: str) -> None:
+    """Raise ModelError, with what would fit, where a model that is about to be fetched would not.
+
+    Args:
+        source: the model, as it was asked for.
+        coming: what its hub says of it.
+        quantization, device, dtype: as for `load`.
+    """
+    if device != "auto":
+        require_device(device)
+    if coming.config is None or coming.config.get("quantization_config"):
+        return  # GGUF files, and weights that come quantized, are looked at when they are here
+    shape = _shape(coming.config)
+    if device == "auto":
+        device = "cuda:0" if look().gpus else "cpu"
+    name = choose_dtype(0 if shape is None else shape.parameters, device).value if dtype == "auto" else dtype
+    _fitting(source, shape, quantization, name, device)
 
 
 def refuse_unfit(source: str, shape: Shape, precision: str, hardware: Hardware) -> None:

@@ -8,7 +8,6 @@ module. Knows nothing about channels, HTTP or scoring.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from dsr1kit.errors import ModelError, UnknownName, UsageError
+from dsr1kit.local.bring import bring
 from dsr1kit.local.desk import Desk, OutOfMemory, ended
 from dsr1kit.local.hardware import SMALL
 from dsr1kit.local.load import (
@@ -24,9 +24,11 @@ from dsr1kit.local.load import (
     LoadedModel,
     Quantization,
     load,
-    locate,
     quiet,
+    refuse_coming,
+    require_local,
 )
+from dsr1kit.local.places import is_here
 from dsr1kit.local.prompts import Prompt, prompt_of
 from dsr1kit.local.reading import Kind, Text, judged, read, timing_of
 from dsr1kit.local.release import give_back, give_back_freed
@@ -55,8 +57,9 @@ class LocalModel:
     """A model in this process; use as `async with LocalModel("tiny-r1") as r1`.
 
     Args:
-        source: `tiny-r1`, a folder, a hub id (`org/name`) or a `.gguf` file. Weights are safetensors or GGUF; a
-            GGUF is dequantized on first use and kept (`dsr1kit.local.gguf`).
+        source: `tiny-r1`, a folder, a hub id (`org/name`, fetched as by `dsr1kit weights` where it is not here) or a
+            `.gguf` file. Weights are safetensors or GGUF; a GGUF is dequantized on first use and kept
+            (`dsr1kit.local.gguf`).
         quantization: `none`, `8bit`, `4bit` (NF4 with double quantization), by bitsandbytes, or `auto`: the
             planner's choice, 16 bits where they fit.
         device: `auto` (CUDA where there is one, else CPU) or torch's name for one.
@@ -70,7 +73,8 @@ class LocalModel:
             outliers need the processor at each step.
 
     Raises:
-        UnknownName, UsageError: an option or a source that cannot be meant.
+        UnknownName, UsageError: an option or a source that cannot be meant; on entering, a hub id that no hub knows.
+        MissingKey: on entering, when the model is gated.
         ModelError: on entering, when the model cannot be loaded or does not fit; the message says what would.
     """
 
@@ -109,18 +113,26 @@ class LocalModel:
     async def __aenter__(self) -> Self:
         if self._desk is not None:
             raise UsageError(f"{self.name} is open already; open a second LocalModel instead")
-        here = _is_here(self.source)  # a wrong name fails before the seconds that imports take
+        await self.fetch()
         self._desk = Desk(self.name, lambda: quiet(python_warnings=False), self._share_cores)
         try:
             self._loaded, self._adapters = await self._in_thread(partial(self._load, self._desk))
-        except BaseException as error:
+        except BaseException:  # cancelled, too: transformers does not load two models at a time
             desk, self._desk = self._desk, None
-            if here or isinstance(error, Exception):  # seconds; and transformers does not load two models at a time
-                await asyncio.to_thread(desk.close)
-            else:  # cancelled: nobody waits for gigabytes, and the thread ends behind them, or with the process
-                threading.Thread(target=desk.close, daemon=True).start()
+            await asyncio.to_thread(desk.close)
             raise
         return self
+
+    async def fetch(self) -> None:
+        """Have the model of a hub id on this machine, as opening does first; nothing where it is.
+
+        Raises:
+            ModelError: it would not fit here, cannot be fetched, or a path holds no model. UsageError: as `bring`.
+        """
+        if not is_here(self.source):  # a wrong name fails before the seconds that imports take
+            require_local()
+            chosen = self.quantization, self._device, self._dtype
+            await bring(self.source, on_plan=lambda coming: refuse_coming(self.source, coming, *chosen))
 
     async def __aexit__(self, *_: object) -> None:
         on_gpu = self._loaded is not None and self._loaded.device.startswith("cuda")
@@ -389,11 +401,6 @@ class LocalModel:
             due_at=due_at,
             extra=facts,
         )
-
-
-def _is_here(source: str) -> bool:
-    """Whether a model need not be fetched. Raises as `locate`."""
-    return Path(locate(source)[0]).is_dir()
 
 
 def _with_adapter(reply: Reply, adapter: str | None) -> Reply:

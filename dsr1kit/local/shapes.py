@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ModelError, UnknownName
+from dsr1kit.local.places import is_id, locate
 from dsr1kit.paths import data_dir
 
 Role = Literal["embedding", "head", "attention", "value", "mlp", "down", "router"]
@@ -293,6 +294,8 @@ def distinct() -> list[Shape]:
 def find_shape(model: str) -> Shape:
     """The shape of a known name, a hub id (its organisation may be left out), a folder with a config.json, or a GGUF.
 
+    Of hub ids those are known that are shipped or on this machine; `shape_on_hub` asks for others.
+
     Raises:
         UnknownName: none of these.
         ModelError: the folder's config.json is no decoder's, or the GGUF file is damaged or of another architecture.
@@ -301,11 +304,13 @@ def find_shape(model: str) -> Shape:
     for key, shape in shapes().items():
         if wanted in (key.casefold(), key.rpartition("/")[2].casefold()):
             return shape
-    if model.endswith(".gguf") and (path := Path(model).expanduser()).is_file():
+    place, gguf = locate(model) if is_id(model) else (model, None)
+    path = Path(place).expanduser() / (gguf or "")
+    if path.suffix == ".gguf" and path.is_file():
         from dsr1kit.local.gguf import shape_of_gguf
 
         return shape_of_gguf(path)
-    file = Path(model).expanduser() / "config.json"
+    file = path / "config.json"
     if file.is_file():
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -316,6 +321,22 @@ def find_shape(model: str) -> Shape:
         return replace(shape_of_config(config), name=Path(model).name, hub_id=model, title=model, kind="folder")
     names = [shape.name for shape in distinct()]
     raise UnknownName("model", model, names, hint="(or its hub id, a folder with a config.json, or a GGUF file)")
+
+
+async def shape_on_hub(model: str) -> Shape:
+    """The shape of a hub's model, by its config.json, which alone is fetched.
+
+    Raises:
+        ModelError: the hub cannot be reached, or the model has no decoder's config.json. UsageError: no such model.
+    """
+    from dsr1kit.local.weights import config_on_hub
+
+    if (config := await config_on_hub(model)) is None:
+        raise ModelError(
+            f"{model} has no config.json, by which its memory is planned: name the model that its files were made of, "
+            "or a GGUF file that is here"
+        )
+    return replace(shape_of_config(config), name=model.partition("/")[2], hub_id=model, title=model, kind="hub")
 
 
 def least_blocks(shape: Shape, block: int) -> bool:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -87,10 +88,18 @@ async def fetch_file(hub: Hub, model: str, file: RemoteFile, staging: Path, on_b
                     raise Temporary("another checksum than stated")
         await part.finish()
     except Temporary as error:
-        raise hub.given_up(f"{file.path} of {model}", error) from None
+        kept = "What came is kept, and the same command goes on from there"
+        raise hub.given_up(f"{file.path} of {model}", error, kept) from None
     finally:
         part.close()
     return part.received
+
+
+async def read_file(hub: Hub, model: str, file: RemoteFile) -> bytes:
+    """The content of a small file, checked. Raises as `fetch_file`."""
+    with tempfile.TemporaryDirectory(prefix="dsr1kit-") as scratch:
+        await fetch_file(hub, model, file, Path(scratch))
+        return staged_path(Path(scratch), file).read_bytes()
 
 
 async def _continue(hub: Hub, model: str, file: RemoteFile, part: _Part) -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
+import json
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local.choice import select, size_text, sound
 from dsr1kit.local.folder import (
+    HUB_ID,
     Change,
     Kept,
     Manifest,
@@ -30,9 +32,11 @@ from dsr1kit.local.folder import (
 )
 from dsr1kit.local.hub import Hub, Listing, RemoteFile, require_source
 from dsr1kit.local.patience import Patience
-from dsr1kit.local.transfer import digest_of, fetch_file, part_path, staged_path
+from dsr1kit.local.transfer import digest_of, fetch_file, part_path, read_file, staged_path
 
-__all__ = ["Patience", "Weights", "WeightsFile", "default_folder", "fetch_weights", "unfinished"]
+__all__ = [
+    "Coming", "Patience", "Weights", "WeightsFile", "config_on_hub", "default_folder", "fetch_weights", "unfinished",
+]  # fmt: skip
 
 OnProgress = Callable[[int, int], None]
 OnNote = Callable[[str], None]
@@ -40,7 +44,7 @@ OnNote = Callable[[str], None]
 _AT_ONCE = 4
 _SPARE_BYTES = 64 * 1024 * 1024  # for the manifest, and so that a disk is never filled to the last byte
 _LOCK_POLL_S = 0.5
-_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MOST_CONFIG_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,51 @@ class Weights:
     changed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What a download will bring, told before it begins.
+
+    Attributes:
+        files: paths of all files of the model, fetched and there already.
+        missing_bytes: to come over the network.
+        config: the content of config.json; None where the model has none, as GGUF files.
+    """
+
+    model: str
+    licence: str
+    folder: Path
+    files: tuple[str, ...]
+    missing_bytes: int
+    config: Mapping[str, Any] | None
+
+
+OnPlan = Callable[[Coming], None]
+
+
+async def config_on_hub(
+    model: str, *, source: str = "hub", revision: str | None = None, endpoint: str | None = None,
+    patience: Patience | None = None,
+) -> Mapping[str, Any] | None:  # fmt: skip
+    """The content of a model's config.json, fetched alone; None where it has none. Arguments and errors as
+    `fetch_weights`."""
+    _require_id(model)
+    async with Hub(source, endpoint, patience) as hub:
+        return await _config(hub, model, (await hub.listing(model, revision)).files)
+
+
+async def _config(hub: Hub, model: str, files: Sequence[RemoteFile]) -> Mapping[str, Any] | None:
+    file = next((file for file in files if file.path == "config.json"), None)
+    if file is None or file.size > _MOST_CONFIG_BYTES:
+        return None
+    try:
+        told = json.loads(await read_file(hub, model, file))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"config.json of {model} is no JSON ({error}): take another repository of it") from None
+    if not isinstance(told, dict):
+        raise ModelError(f"config.json of {model} holds no JSON object: take another repository of it")
+    return told
+
+
 async def fetch_weights(
     model: str,
     *,
@@ -94,6 +143,7 @@ async def fetch_weights(
     endpoint: str | None = None,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
+    on_plan: OnPlan | None = None,
     patience: Patience | None = None,
 ) -> Weights:
     """Bring a model's weights to this disk, whole and checked, or finish what was begun.
@@ -112,14 +162,15 @@ async def fetch_weights(
         endpoint: base URL in place of the environment's.
         on_progress: called with (bytes there, bytes in all).
         on_note: called with a sentence when it has to wait for another download of the same folder.
+        on_plan: called, in a thread, with what is coming before any of it is fetched or a folder is made; what it
+            raises ends the download.
 
     Raises:
         UsageError: no such model, revision or file; several GGUF files and none chosen; the folder is another
             model's; `HF_HUB_OFFLINE` is set. MissingKey: the model is gated.
         ModelError: the hub cannot be reached, the disk is full, or what came is not what the hub states.
     """
-    if not _MODEL.fullmatch(model):
-        raise UsageError(f"{model!r} is no hub id: name it org/name, such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+    _require_id(model)
     require_source(source)
     folder = _folder(to, model, source)
     before = _require_own(folder, model, source)
@@ -130,6 +181,8 @@ async def fetch_weights(
         async with Hub(source, endpoint, patience) as hub:
             listing = await hub.listing(model, revision)
             first = _Fetch(hub, model, revision, files, folder, listing)  # what cannot be meant leaves no folder behind
+            if on_plan is not None:
+                await asyncio.to_thread(on_plan, await first.coming())
             if dry_run:
                 return await first.planned()
             _make(folder)
@@ -163,6 +216,13 @@ class _Fetch:
             model, hub.source, hub.branch(revision), listing.commit, listing.licence, chosen,
             {file.path: Kept(file.size, file.digest, 0) for file in self._wanted},
         )  # fmt: skip
+
+    async def coming(self) -> Coming:
+        """Say what a download would bring, and of which configuration."""
+        missing = sum(file.size - self._begun(file) for file in await self._missing())
+        config = await _config(self._hub, self._model, self._wanted)
+        files = tuple(file.path for file in self._wanted)
+        return Coming(self._model, self._listing.licence, self._folder, files, missing, config)
 
     async def planned(self) -> Weights:
         """Say what would be done."""
@@ -273,6 +333,11 @@ class _Fetch:
             tuple(WeightsFile(f.path, f.size, f.digest, f.path in fetched) for f in self._wanted),
             total, downloaded, max(0, total - downloaded), tuple(sorted(self._gone)), bool(missing or self._gone),
         )  # fmt: skip
+
+
+def _require_id(model: str) -> None:
+    if not HUB_ID.fullmatch(model):
+        raise UsageError(f"{model!r} is no hub id: name it org/name, such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
 
 
 def _folder(to: str | Path | None, model: str, source: str) -> Path:

@@ -1,0 +1,123 @@
+"""Where a model lies on this machine: shipped, a folder, a GGUF file, fetched by the kit, or in the hub's own cache.
+
+Knows names and folders; asks no network and loads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dsr1kit.errors import ModelError, UnknownName
+from dsr1kit.local.folder import HUB_ID, PICKLES, check_weights, default_folder, read_manifest, series_of, unfinished
+from dsr1kit.paths import data_dir
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
+
+
+def locate(source: str) -> tuple[str, str | None]:
+    """Return the folder of a model, and the GGUF file within it, if it is one.
+
+    For a hub id that is not on this machine the id itself; `bring` fetches it.
+
+    Raises:
+        UnknownName: neither a known name, a path nor a hub id.
+        ModelError: a path that does not exist, or that holds no safetensors.
+    """
+    if source == "tiny-r1":
+        return str(data_dir() / "tiny-r1"), None
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}; download the GGUF first, then name its path")
+        return str(path.parent), path.name
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        if path.suffix.lower() in PICKLES:
+            raise ModelError(
+                f"{path} is a pickle, which can run any code when it is loaded, and never is: take the model as "
+                "safetensors or GGUF, or convert it with save_pretrained() where you trust it"
+            )
+        raise ModelError(f"{path} is a file: name the folder with config.json and *.safetensors, or a .gguf file")
+    if HUB_ID.fullmatch(source):
+        # What `dsr1kit weights` has fetched comes before what other programs have.
+        fetched = (default_folder(source, origin) for origin in ("hub", "modelscope"))
+        found = next((folder for folder in fetched if read_manifest(folder) is not None), None) or _cached(source)
+        return (source, None) if found is None else _in_folder(found)
+    if "/" in source:
+        raise ModelError(f"there is no folder {path}; name a folder, a hub id (org/name) or a .gguf file")
+    raise UnknownName("model", source, ["tiny-r1"], hint="(or a folder, a hub id org/name, a .gguf file)")
+
+
+def is_here(source: str) -> bool:
+    """Whether a model need not be fetched. Raises as `locate`."""
+    return Path(locate(source)[0]).is_dir()
+
+
+def is_id(source: str) -> bool:
+    """Whether a name is a hub id, and no folder here that looks like one."""
+    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def _in_folder(path: Path) -> tuple[str, str | None]:
+    if told := unfinished(path):
+        raise ModelError(told)
+    safetensors = list(path.glob("*.safetensors"))
+    if not safetensors and (files := sorted(path.glob("*.gguf"))):
+        if len(files) > 1:
+            named = ", ".join(file.name for file in files[:5])
+            raise ModelError(f"{path} holds {len(files)} GGUF files: name the one to open ({named})")
+        return str(path), files[0].name
+    if not (path / "config.json").is_file() or not safetensors:
+        raise ModelError(_no_model(path))
+    if not _has_vocabulary(path):
+        # transformers would make up an empty one.
+        raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
+    return str(path), None
+
+
+def _no_model(path: Path) -> str:
+    """What a folder lacks that holds no model."""
+    if not any(path.iterdir()):
+        return f"{path} is empty: copy a model into it (config.json, *.safetensors, a tokenizer), or name another"
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLES):
+        return (
+            f"{path} needs config.json and *.safetensors; what it holds ({', '.join(pickles[:3])}) are pickles, which "
+            "can run any code when they are loaded, and never are: convert them with save_pretrained() where you trust "
+            "them"
+        )
+    lacking = [] if (path / "config.json").is_file() else ["config.json"]
+    lacking += [] if list(path.glob("*.safetensors")) else ["*.safetensors (or a .gguf file)"]
+    return f"{path} lacks {' and '.join(lacking)}: name the folder that holds a model's files themselves"
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(file.match(form) for file in folder.iterdir() for form in _VOCABULARIES)
+
+
+def _cached(model: str) -> Path | None:
+    """The main branch of a model in the cache of the hub's own client, which other programs fill, if it is all there.
+
+    Laid out as https://huggingface.co/docs/huggingface_hub/guides/manage-cache says.
+    """
+    kept = _cache() / f"models--{model.replace('/', '--')}"
+    try:
+        commit = (kept / "refs" / "main").read_text(encoding="utf-8").strip()
+        folder = kept / "snapshots" / commit
+        files = {file.name: file for file in folder.iterdir() if file.is_file()}
+        check_weights(files)
+    except (OSError, ModelError):  # not there, or not to its end
+        return None
+    parts = [series for name in files if (series := series_of(name))]
+    if any(parts.count(series) != series[1] for series in parts):
+        return None
+    if any(name.endswith(".safetensors") for name in files):
+        return folder if "config.json" in files and _has_vocabulary(folder) else None
+    return folder if any(name.endswith(".gguf") for name in files) else None
+
+
+def _cache() -> Path:
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(named)).expanduser()
