@@ -233,7 +233,29 @@ def test_r1_itself_takes_eight_h200s_in_its_own_fp8_and_does_not_fit_eight_h100s
     assert state("8xh200", "671b", "8bit") == "fits"
     assert state("8xh100", "671b", "8bit") != "fits"
     assert state("8xh200", "671b", "bf16") == "no"
-    assert {fit.precision for fit in plan("8xh200", model="671b")} == {"bf16", "8bit", "q4_k_m"}
+    assert {fit.precision for fit in plan("8xh200", model="671b") if fit.possible} == {"bf16", "8bit", "q4_k_m"}
+
+
+def test_a_precision_that_r1_cannot_be_had_in_has_its_size_and_is_never_said_to_fit():
+    (packed,) = [fit for fit in plan("8xh200", model="671b") if not fit.possible]
+    assert packed.precision == "nf4"
+    assert packed.need.total < packed.available_bytes
+    assert (packed.state, packed.longest_context) == ("no", 0)
+    assert packed.note.startswith("cannot be had so: bitsandbytes packs linear layers")
+    assert all(fit.possible for fit in plan("8xh200") if fit.model != "671b")
+
+
+def test_a_model_whose_own_context_is_shorter_is_counted_at_that_and_said_so():
+    counted = {fit.model: fit.context for fit in plan("8xh200", context=140_000)}
+    assert (counted["671b"], counted["32b"]) == (140_000, 131_072)
+    assert recommend("8xh200", context=140_000)[0] == "671b 8bit", "the one that reaches so far"
+    value, reason = recommend("h200", context=140_000)
+    assert value == "32b bf16"
+    assert reason.endswith("no R1 that fits reaches further than 131,072 tokens")
+    assert "reaches further" not in recommend("h200", context=131_072)[1]
+    told = fits("--on", "h200", "--context", "140000").stdout
+    assert "counted at their own 131,072 tokens, the most they take: 70b, 32b, 14b, 0528-8b, 8b, 7b, 1.5b" in told
+    assert "counted at" not in fits("--on", "h200").stdout
 
 
 @pytest.mark.parametrize("machine", sorted(machines()))
@@ -425,21 +447,22 @@ def test_one_model_is_broken_down():
 def test_a_model_that_cannot_be_had_so_ends_with_1_and_says_why():
     done = fits("671b", "--for", "qlora", "--on", "8xh200")
     assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("dsr1kit: ")
+    assert "x 440." in done.stdout
+    assert "run first" not in done.stdout
     assert "experts" in done.stderr
     done = fits("671b", "--for", "qlora", "--on", "8xh200", "--json")
     assert done.returncode == 1
     told = json.loads(done.stdout)
-    assert told["fits"] == told["recommended"]["commands"] == []
+    assert [fit["possible"] for fit in told["fits"]] == [False]
+    assert told["recommended"]["commands"] == []
     assert "experts" in told["recommended"]["reason"]
 
 
 def test_the_tuning_tables_keep_r1_itself_and_have_no_speeds():
     done = fits("--on", "t4", "--for", "qlora")
     assert done.returncode == 0, done.stderr
-    assert ["671b", "-"] in [line.split() for line in done.stdout.splitlines()]
-    assert "- alone" in done.stdout
+    assert ["671b", "x", "436.3"] in [line.split() for line in done.stdout.splitlines()]
+    assert "x cannot be had so" in done.stdout
     done = fits("8b", "--on", "t4", "--for", "qlora")
     assert done.returncode == 0, done.stderr
     assert "optimizer" in done.stdout

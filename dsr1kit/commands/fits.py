@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsr1kit.commands.shared import AsJson, app, err, print_json
+from dsr1kit.commands.shared import AsJson, app, err, print_json, run_async
+from dsr1kit.errors import UnknownName
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from dsr1kit.local.fits import Fit
     from dsr1kit.local.hardware import Hardware
+    from dsr1kit.local.shapes import Shape
 
 # Signs beside the colours: a table is read in black and white, too.
 _SIGNS = {"fits": ("+", "green"), "tight": ("~", "yellow"), "no": ("-", "dim")}
+_NOT_SO = "x"  # before a size that a model would have in a precision that it cannot be had in
 
 
 @app.command()
@@ -30,8 +33,9 @@ def fits(
 ) -> None:
     """Which R1 fits this machine, or a named one: GiB a precision, the one to run, and how.
 
-    + fits, ~ fits with less than a tenth of the memory left, - does not. Computed from the models' shapes; nothing is
-    downloaded. Exit 1 when the MODEL named fits in no precision.
+    + fits, ~ fits with less than a tenth of the memory left, - does not, x cannot be had so. Computed from the models'
+    shapes; of a hub id that is neither shipped nor on this machine, config.json alone is downloaded. Exit 1 when the
+    MODEL named fits in no precision.
     """
     from dsr1kit.local.fits import advise, best, plan, precisions_for, recommend
     from dsr1kit.local.hardware import look
@@ -39,14 +43,16 @@ def fits(
     from dsr1kit.local.memory import available
 
     at = find_hardware(on) if on else look()
-    found = plan(at, context=context, batch=batch, purpose=for_, model=model)
+    shape = _shape(model) if model else None
+    found = plan(at, context=context, batch=batch, purpose=for_, model=shape)
     chosen = best(found, at)
     runs = [fit for fit in found if fit.state != "no"]
     if model:
         pick = chosen or (runs[0] if runs else None)
-        # A model that can be had in none of the precisions has no row; the advice says why.
-        least = found[-1].precision if found else precisions_for(at, for_)[-1]
-        advice = "" if pick else advise(model, at, precision=least, context=context, batch=batch, purpose=for_)
+        least = found[-1].precision
+        advice = "" if pick or shape is None else advise(
+            shape, at, precision=least, context=context, batch=batch, purpose=for_
+        )  # fmt: skip
         value, reason = (f"{pick.model} {pick.precision}", pick.note) if pick else ("", advice)
     else:
         pick, (value, reason) = chosen, recommend(at, context=context, batch=batch, purpose=for_)
@@ -61,8 +67,7 @@ def fits(
             "recommended": {"value": value, "reason": reason, "commands": lines},
         })  # fmt: skip
     else:
-        if found:
-            _show(found, at, precisions_for(at, for_), model is not None)
+        _show(found, at, precisions_for(at, for_), context, one=model is not None)
         if value:
             print(f"\nrun first: {value}" + (f": {reason}" if reason else ""))
         for line in lines:
@@ -73,7 +78,20 @@ def fits(
         raise SystemExit(1)
 
 
-def _show(found: list[Fit], at: Hardware, precisions: tuple[str, ...], one: bool) -> None:
+def _shape(model: str) -> Shape:
+    from dsr1kit.local.places import is_id
+    from dsr1kit.local.shapes import find_shape, shape_on_hub
+
+    try:
+        return find_shape(model)
+    except UnknownName:
+        if not is_id(model):
+            raise
+    shape: Shape = run_async(shape_on_hub(model))
+    return shape
+
+
+def _show(found: list[Fit], at: Hardware, precisions: tuple[str, ...], context: int, *, one: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -102,12 +120,18 @@ def _show(found: list[Fit], at: Hardware, precisions: tuple[str, ...], one: bool
         by_model: dict[str, dict[str, Fit]] = {shape.name: {} for shape in distinct() if shape.kind != "check"}
         for fit in found:
             by_model[fit.model][fit.precision] = fit
-        if any(len(row) < len(precisions) for row in by_model.values()):
-            legend += "; - alone: cannot be had so"
         for name, row in by_model.items():
-            table.add_row(name, *(_cell(row[kind]) if kind in row else Text("-", style="dim") for kind in precisions))
+            table.add_row(name, *(_cell(row[kind]) for kind in precisions))
+    if not all(fit.possible for fit in found):
+        legend += f", {_NOT_SO} cannot be had so"
     console.print(table)
     console.print(Text(legend), style="dim")
+    if not one:
+        told = [fit for fit in found if fit.context < context and fit.shape.kind != "embedded"]
+        for tokens in sorted({fit.context for fit in told}):
+            names = ", ".join(dict.fromkeys(fit.model for fit in told if fit.context == tokens))
+            console.print(Text(f"counted at their own {tokens:,} tokens, the most they take: {names}"), style="dim",
+                          soft_wrap=True)  # fmt: skip
     for fit in found if one else ():
         if fit.note:
             console.print(Text(f"{fit.precision}: {fit.note}"), style="dim", soft_wrap=True)
@@ -118,7 +142,7 @@ def _cell(fit: Fit) -> Text:
 
     from dsr1kit.local.memory import GIB
 
-    sign, style = _SIGNS[fit.state]
+    sign, style = _SIGNS[fit.state] if fit.possible else (_NOT_SO, "dim")
     return Text(f"{sign} {fit.need.total / GIB:.1f}", style=style)
 
 

@@ -45,6 +45,8 @@ class Fit:
         need: bytes, by part, at the context and batch asked for.
         available_bytes: what the machine has free for it.
         state: `fits`, `tight` (less than a tenth of the memory is left) or `no`.
+        context: tokens that were counted: those asked for, at most the model's own context.
+        possible: whether the model can be had in this precision at all; else the state is `no`, whatever is free.
         longest_context: tokens, at most the model's own context, over all GPUs; 0 where it does not fit at all.
         tokens_per_s_bound: an estimate from above for one request, by memory bandwidth, never a measurement; for
             bitsandbytes' formats that of 16 bits, which they have not exceeded; None: unknown.
@@ -56,6 +58,8 @@ class Fit:
     need: Need
     available_bytes: int
     state: State
+    context: int
+    possible: bool
     longest_context: int
     tokens_per_s_bound: float | None
     note: str
@@ -86,6 +90,8 @@ class Fit:
             "need_bytes": self.need.total,
             **{f"{name}_bytes": size for name, size in self.need.parts()},
             "available_bytes": self.available_bytes,
+            "context": self.context,
+            "possible": self.possible,
             "free_after_bytes": self.free_after_bytes,
             "longest_context": self.longest_context,
             "tokens_per_s_bound": self.tokens_per_s_bound,
@@ -119,6 +125,8 @@ def plan(
 ) -> list[Fit]:
     """Every R1 model (or `model` alone) in every precision on a machine (a name, or None: this one), largest first.
 
+    Where a model's own context is shorter than the one asked for, that is counted (`Fit.context`, and its note).
+
     Raises:
         UnknownName: a machine, model or purpose that does not exist.
         UsageError: a context or batch below 1.
@@ -127,8 +135,7 @@ def plan(
     wanted = find_shape(model) if isinstance(model, str) else model
     chosen = [wanted] if wanted else [shape for shape in distinct() if shape.kind != "check"]
     return [_fit(shape, precision, at, context, batch, purpose)
-            for shape in chosen for precision in precisions_for(at, purpose)
-            if _possible(shape, precision, purpose)]  # fmt: skip
+            for shape in chosen for precision in precisions_for(at, purpose)]  # fmt: skip
 
 
 def _possible(shape: Shape, precision: str, purpose: str) -> bool:
@@ -139,6 +146,8 @@ def _possible(shape: Shape, precision: str, purpose: str) -> bool:
 def best(fits: list[Fit], hardware: Hardware) -> Fit | None:
     """The one to run first; None where nothing of R1 fits. The rule is in `recommend`."""
     pool = [fit for fit in fits if fit.state != "no" and fit.shape.kind in ("r1", "distill")]
+    reach = max((fit.context for fit in pool), default=0)
+    pool = [fit for fit in pool if fit.context == reach]
     tuning = any(fit.need.optimizer for fit in pool)
     if not tuning and not hardware.gpus:
         rate = bandwidth(hardware) or _USUAL_CPU
@@ -175,7 +184,8 @@ def recommend(
 ) -> Choice:
     """The R1 to run first on a machine, as `NAME PRECISION`, and the reason.
 
-    Models must leave room for 16,384 tokens, half of what R1 may think in, where any does. On a GPU: the biggest that
+    Models whose own context is shorter than the one asked for are left out where others reach further. They must leave
+    room for 16,384 tokens, half of what R1 may think in, where any does. On a GPU: the biggest that
     fits in 16 bits (R1 itself in its own fp8), or a bigger one in 4-bit if its published score is higher, since NF4
     decodes more slowly where 16 bits fit; of models of like size the one with the better AIME 2024 score on its card.
     On a processor: the biggest Q4_K_M file that could give 5 tokens a second. Where nothing fits: tiny-r1, no R1.
@@ -187,7 +197,10 @@ def recommend(
         small = precisions_for(at, purpose)[-1]
         why = advise("1.5b", at, precision=small, context=context, batch=batch, purpose=purpose)
         return Choice("tiny-r1 fp32", f"no R1 fits: {why} The embedded model runs anywhere, and is no R1.")
-    return Choice(f"{chosen.model} {chosen.precision}", _reason(chosen, fits, at))
+    reason = _reason(chosen, fits, at)
+    if chosen.context < context:
+        reason += f"; no R1 that fits reaches further than {chosen.context:,} tokens"
+    return Choice(f"{chosen.model} {chosen.precision}", reason)
 
 
 def advise(
@@ -214,9 +227,9 @@ def advise(
     name = shape.title or "the model"
     place = "GPU memory" if at.gpus else "memory"
     size, free = now.need.total / GIB, now.available_bytes / GIB
-    possible = _possible(shape, precision, purpose)
-    if not possible:
-        said = _why_impossible(shape, name, precision, purpose)
+    if not now.possible:
+        what = f"be loaded in {precision}" if purpose == "inference" else f"be tuned on {precision} weights"
+        said = f"{name} cannot {what}: {_why_not_so(shape, precision)}."
     elif now.state == "no":
         said = f"{name} in {precision} needs {size:.1f} GiB at {context:,} tokens of context" + (
             f" and batch {batch}" if batch > 1 else ""
@@ -224,18 +237,17 @@ def advise(
     else:
         said = (f"{name} in {precision} should fit ({size:.1f} of {free:.1f} GiB of {place} at {context:,} tokens); "
                 "close other programs that hold some, or leave more room.")  # fmt: skip
-    lead = "What would fit" if now.state == "no" or not possible else "Lighter"
+    lead = "What would fit" if now.state == "no" else "Lighter"
     return f"{said} {lead}: {'; '.join(ways)}." if ways else (
         f"{said} No R1 fits here: ask a hosted one (dsr1kit channels), or run tiny-r1, which is no R1."
     )  # fmt: skip
 
 
-def _why_impossible(shape: Shape, name: str, precision: str, purpose: str) -> str:
-    what = f"cannot be loaded in {precision}" if purpose == "inference" else f"cannot be tuned on {precision} weights"
+def _why_not_so(shape: Shape, precision: str) -> str:
     if precision == "8bit" and shape.native == "fp8":
-        return f"{name} {what}: 8 bits are its native fp8, on which adapters do not train."
-    return (f"{name} {what}: bitsandbytes packs linear layers, and nearly all of its weights are experts, stacked in "
-            "tensors that it leaves in 16 bits.")  # fmt: skip
+        return "8 bits are its native fp8, on which adapters do not train"
+    return ("bitsandbytes packs linear layers, and nearly all of its weights are experts, stacked in tensors that it "
+            "leaves in 16 bits")  # fmt: skip
 
 
 def _ways(
@@ -273,6 +285,7 @@ def _wrong(shape: Shape, at: Hardware) -> tuple[str, ...]:
 
 def _fit(shape: Shape, precision: str, at: Hardware, context: int, batch: int, purpose: str) -> Fit:
     many, device = max(len(at.gpus), 1), "cuda" if at.gpus else "cpu"
+    possible = _possible(shape, precision, purpose)
     asked, context = context, min(context, shape.context)
 
     def wants(tokens: int, gpus: int) -> Need:
@@ -283,10 +296,12 @@ def _fit(shape: Shape, precision: str, at: Hardware, context: int, batch: int, p
     if wanted.total > alone and many > 1:
         wanted, room, split = wants(context, many), available(at), True
     left = room - wanted.total
-    state: State = "no" if left < 0 else "tight" if left < MARGIN * room else "fits"
+    state: State = "no" if left < 0 or not possible else "tight" if left < MARGIN * room else "fits"
     # A context too long for one GPU may still fit over all of them.
-    longest = reach = 0 if split else _longest(shape.context, lambda tokens: wants(tokens, 1).total <= alone)
-    if many > 1 and longest < shape.context:
+    longest = reach = 0
+    if possible and not split:
+        longest = reach = _longest(shape.context, lambda tokens: wants(tokens, 1).total <= alone)
+    if many > 1 and possible and longest < shape.context:
         longest = max(longest, _longest(shape.context, lambda tokens: wants(tokens, many).total <= available(at)))
     rate = bandwidth(at) if purpose == "inference" and shape.parameters >= SMALL else None
     # bitsandbytes' formats have decoded no faster than 16 bits, few as their bytes are.
@@ -299,9 +314,11 @@ def _fit(shape: Shape, precision: str, at: Hardware, context: int, batch: int, p
         notes.append(
             f"more than {reach:,} tokens take all {_splitting(precision, many, purpose).removeprefix('over ')}"
         )
-    notes += _notes(shape, precision, at, asked, purpose)
+    notes += _notes(shape, precision, at, asked, purpose) if possible else [
+        f"cannot be had so: {_why_not_so(shape, precision)}"
+    ]  # fmt: skip
     return Fit(
-        shape, precision, wanted, room, state, longest,
+        shape, precision, wanted, room, state, context, possible, longest,
         None if bound is None or state == "no" else bound, "; ".join(notes),
     )  # fmt: skip
 
