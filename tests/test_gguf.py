@@ -19,6 +19,7 @@ from dsr1kit import LocalModel, Sampling
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local import gguf as converter
 from dsr1kit.local.hardware import look
+from dsr1kit.local.places import locate
 from dsr1kit.local.shapes import find_shape
 from dsr1kit.paths import data_dir
 from dsr1kit.records import Outcome
@@ -353,6 +354,17 @@ def test_a_download_that_was_not_finished_is_not_opened(folder):
     (folder / "model.safetensors").unlink()  # as before the first file was whole
     with pytest.raises(ModelError, match="not downloaded to the end"):
         ask(folder)
+
+
+def test_a_split_file_is_named_by_its_first_part_also_in_a_folder_of_its_own(tmp_path):
+    parts = tmp_path / "Q4_K_M"
+    parts.mkdir()
+    for number in (2, 1):
+        (parts / f"R1-Q4_K_M-{number:05}-of-00002.gguf").write_bytes(b"GGUF")
+    assert locate(str(tmp_path)) == (str(tmp_path), "Q4_K_M/R1-Q4_K_M-00001-of-00002.gguf")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"holds 2 GGUF models: name the one to open \(Q4_K_M/R1.*, other.gguf\)"):
+        locate(str(tmp_path))
 
 
 def test_a_folder_with_several_gguf_files_asks_which(tmp_path):

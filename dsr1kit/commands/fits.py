@@ -157,7 +157,7 @@ def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: 
     if shape.kind in ("embedded", "folder"):
         fetch: list[str] = []
     elif fit.precision == "q4_k_m" and shape.gguf:
-        fetch, source = [f"dsr1kit weights {shape.gguf} --file '*Q4_K_M*'"], "FILE.gguf"
+        fetch, source = [f"dsr1kit weights {shape.gguf} --file '*Q4_K_M*'"], shape.gguf
     else:
         fetch = [f"dsr1kit weights {source}"]
     if purpose != "inference":

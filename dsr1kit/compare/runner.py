@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dsr1kit import about
 from dsr1kit.access.channels import Channel, load_channels
 from dsr1kit.access.prices import Price
-from dsr1kit.backends import is_local, open_backend, price_of
+from dsr1kit.backends import LOCAL, is_local, open_backend, price_of
 from dsr1kit.compare import report
 from dsr1kit.compare.asking import Asking, Question, in_order
 from dsr1kit.compare.beforehand import expected_costs, in_words
@@ -34,6 +34,7 @@ from dsr1kit.compare.tasks import digest, endless, facts, load_task
 from dsr1kit.errors import ModelError, RunError
 from dsr1kit.keys import require_key
 from dsr1kit.local.model import LocalModel
+from dsr1kit.local.places import locate
 from dsr1kit.records import Backend
 
 __all__ = ["Finished", "OnProgress", "RunSettings", "finish", "run_comparison"]
@@ -85,8 +86,10 @@ async def run_comparison(
     for name in settings.channels:
         if name in catalogue and catalogue[name].api_key_env and not catalogue[name].retired_on():
             require_key(catalogue[name].api_key_env, name)
-        if isinstance(local := backends[name], LocalModel):
-            await local.fetch()
+        if is_local(name):
+            locate(name.removeprefix(LOCAL).partition("@")[0])
+    if not (Path(out) / "records.jsonl").exists():  # of a run that goes on, only those that have questions left
+        await _fetch(backends, settings.channels)
     prices = {name: price_of(name, catalogue) for name in settings.channels}
     identity = _identity(settings, items, catalogue, backends)
     hosted_ones = [catalogue[name] for name in settings.channels if name in catalogue]
@@ -105,6 +108,7 @@ async def run_comparison(
             if not run.budget_spent():
                 journal.forget_unasked()
             open_ones = [q for q in in_order(settings, items) if q.key not in journal.done()]
+            await _fetch(backends, {q.channel for q in open_ones})
             hosted = [q for q in open_ones if not is_local(q.channel)]
             if hosted:
                 warm_ups = list(_warm_ups(settings, items, hosted))
@@ -125,6 +129,13 @@ async def run_comparison(
                         finish(Path(out))  # what the others answered is there to be read
                         raise ModelError(f"{error} (the other channels are in {Path(out) / 'report.html'})") from None
     return finish(Path(out))
+
+
+async def _fetch(backends: Mapping[str, object], channels: Iterable[str]) -> None:
+    """Have the local models among the channels on this machine. Raises as `LocalModel.fetch`."""
+    for name in channels:
+        if isinstance(backend := backends[name], LocalModel):
+            await backend.fetch()
 
 
 def load_items(settings: RunSettings) -> list[Item]:

@@ -74,11 +74,12 @@ def bring_now(source: str, *, on_plan: OnPlan | None = None) -> None:
 
 
 async def _ended() -> None:
-    """End the other tasks of this loop: those of a wait that was broken off."""
+    """End the other tasks of this loop, those of a wait that was broken off, and its threads."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _told_here(source: str, said: str) -> str:

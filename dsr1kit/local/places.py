@@ -16,7 +16,7 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a toke
 
 
 def locate(source: str) -> tuple[str, str | None]:
-    """Return the folder of a model, and the GGUF file within it, if it is one.
+    """Return the folder of a model, and the GGUF file within it (its path below the folder), if it is one.
 
     For a hub id that is not on this machine the id itself; `bring` fetches it.
 
@@ -64,17 +64,28 @@ def _in_folder(path: Path) -> tuple[str, str | None]:
     if told := unfinished(path):
         raise ModelError(told)
     safetensors = list(path.glob("*.safetensors"))
-    if not safetensors and (files := sorted(path.glob("*.gguf"))):
+    if not safetensors and (files := _ggufs(path)):
         if len(files) > 1:
-            named = ", ".join(file.name for file in files[:5])
-            raise ModelError(f"{path} holds {len(files)} GGUF files: name the one to open ({named})")
-        return str(path), files[0].name
+            named = ", ".join(files[:5])
+            raise ModelError(f"{path} holds {len(files)} GGUF models: name the one to open ({named})")
+        return str(path), files[0]
     if not (path / "config.json").is_file() or not safetensors:
         raise ModelError(_no_model(path))
     if not _has_vocabulary(path):
         # transformers would make up an empty one.
         raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
     return str(path), None
+
+
+def _ggufs(path: Path) -> list[str]:
+    """The GGUF models of a folder, by their paths below it: files, and of split ones the first part, which names the
+    others for llama.cpp. Repositories keep those in folders of their own."""
+    files = sorted(file.relative_to(path).as_posix() for file in (*path.glob("*.gguf"), *path.glob("[!.]*/*.gguf")))
+    firsts: dict[str, str] = {}
+    for file in files:
+        series = series_of(file)
+        firsts.setdefault(series[0] if series else file, file)
+    return list(firsts.values())
 
 
 def _no_model(path: Path) -> str:
@@ -105,7 +116,8 @@ def _cached(model: str) -> Path | None:
     try:
         commit = (kept / "refs" / "main").read_text(encoding="utf-8").strip()
         folder = kept / "snapshots" / commit
-        files = {file.name: file for file in folder.iterdir() if file.is_file()}
+        found = (*folder.iterdir(), *folder.glob("*/*.gguf"))
+        files = {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
         check_weights(files)
     except (OSError, ModelError):  # not there, or not to its end
         return None
@@ -114,7 +126,7 @@ def _cached(model: str) -> Path | None:
         return None
     if any(name.endswith(".safetensors") for name in files):
         return folder if "config.json" in files and _has_vocabulary(folder) else None
-    return folder if any(name.endswith(".gguf") for name in files) else None
+    return folder if _ggufs(folder) else None
 
 
 def _cache() -> Path:
