@@ -17,7 +17,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?=
 WORKERS ?= 2
 FUZZ_SECONDS ?= 60
-NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+# The long ones, which train, first: the last to begin should be short.
+NOTEBOOKS = $(shell printf '%s\n' notebooks/*.ipynb | sort -r)
 
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
@@ -74,7 +75,7 @@ step-unit: $(VENV)/.installed-test
 # Each notebook as committed: its own parameters, its marked outputs compared. All cells of one run in order
 # in one process. The longest cell may train for minutes.
 step-nbval: $(VENV)/.installed-test
-	$(if $(NOTEBOOKS),$(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --timeout 900 $(NOTEBOOKS),@echo none)
+	$(SIDE_BY_SIDE) --no-loadscope-reorder --nbval-lax --nbval-current-env --timeout 900 $(NOTEBOOKS)
 
 # Each notebook from an empty folder, with the parameters and limits of data/notebooks.yaml.
 step-papermill: $(VENV)/.installed-test

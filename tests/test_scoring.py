@@ -299,6 +299,7 @@ def test_numbers_and_equal_texts_have_one_final_answer() -> None:
     assert final_answer(r"\boxed{\dfrac{2}{4}}", "math") == final_answer(r"\boxed{0.5}", "math") == "1/2"
     assert final_answer(r"\boxed{x + 1}", "math") == final_answer(r"\boxed{x+1}", "math") == "x+1"
     assert final_answer("no box", "math") is None
+    assert all(final_answer(rf"\boxed{{{empty}}}", "math") is None for empty in ("", " ", "$", r"\text{}", r"\!", "."))
 
 
 # --- all of them

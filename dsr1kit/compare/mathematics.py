@@ -60,13 +60,14 @@ def quick(answer: str, gold: str) -> Verdict | None:
 
 
 def normal_answer(answer: str) -> str | None:
-    """The content of the last box in one spelling: a number as a fraction; None where there is no box."""
+    """The content of the last box in one spelling: a number as a fraction; None where there is no box, or nothing in
+    it but what LaTeX has for the eye."""
     box = last_boxed(answer)
-    if box is None or not box.strip() or len(box) > LONGEST:
+    if box is None or len(box) > LONGEST:
         return None
     text = normal(box)
     number: Fraction | None = as_number(text)
-    return text if number is None else str(number)
+    return text or None if number is None else str(number)
 
 
 def normal(text: str) -> str:
