@@ -18,9 +18,11 @@ import pytest
 from hub import PIECE, Fault, LoopbackHub, git_blob, running, safetensors
 
 from dsr1kit.errors import MissingKey, ModelError, UsageError
+from dsr1kit.finetune.base import open_base, put_adapter
 from dsr1kit.finetune.modelcard import base_of, serve_commands
+from dsr1kit.finetune.settings import AdapterSettings
 from dsr1kit.finetune.tuning import suited, tokenizer_and_marks
-from dsr1kit.local import load as loading
+from dsr1kit.local import room
 from dsr1kit.local.bring import bring, bring_now
 from dsr1kit.local.engines import Engine
 from dsr1kit.local.folder import default_folder
@@ -31,6 +33,7 @@ from dsr1kit.local.places import is_here, locate
 from dsr1kit.paths import data_dir
 from dsr1kit.records import Outcome, Reply, Sampling
 
+LOGGED_IN = "hf_logged_in_before_1"
 MODEL = "lab/R1-tiny"
 TINY = {
     path.name: path.read_bytes() for path in (data_dir() / "tiny-r1").iterdir() if path.name != "training.json"
@@ -123,7 +126,7 @@ def test_what_does_not_fit_is_told_before_any_of_it_is_fetched(
     assert {one.path for one in hub.contents()} == {"config.json"}
     assert not default_folder(MODEL, "hub").exists()
     hub.push(MODEL, TINY)
-    monkeypatch.setattr(loading, "look", lambda: replace(look(), gpus=(), memory_free_bytes=3_000_000))
+    monkeypatch.setattr(room, "look", lambda: replace(look(), gpus=(), memory_free_bytes=3_000_000))
     with pytest.raises(ModelError, match="does not fit"):
         ask(MODEL)
     assert not hub.of("model.safetensors")
@@ -146,16 +149,72 @@ def test_what_cannot_be_opened_is_told_with_what_mends_it(hub: LoopbackHub) -> N
         with pytest.raises(error, match=words):
             asyncio.run(Engine(model, engine="llama.cpp" if "packed" in model else "transformers").__aenter__())
     assert not hub.of("pytorch_model.bin")
+
+
+def edited(**changes: Any) -> dict[str, bytes]:
+    """The tiny model with another configuration."""
+    return TINY | {"config.json": json.dumps(CONFIG | changes).encode()}
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "error", "words"),
+    [
+        (TINY, {"device": "banana"}, UsageError, "device 'banana' is none of torch's: leave it at 'auto'"),
+        (TINY, {"device": "cuda:99"}, UsageError, "device 'cuda:99' is not there"),
+        (TINY, {"device": "meta"}, UsageError, "device 'meta' is not there"),
+        (TINY, {"adapters": {"a": "/nonexistent"}}, ModelError, "/nonexistent holds no adapter_config.json"),
+        (edited(model_type="alien"), {}, ModelError, "of the architecture 'alien', which transformers does not"),
+        (edited(quantization_config={"quant_method": "awq"}), {}, ModelError, "is stored quantized: .*gptqmodel"),
+        (HUGE, {"quantization": "auto"}, ModelError, f"{MODEL} in .* needs .* GiB short"),
+        ({"a.gguf": b"GGUF"}, {"quantization": "4bit"}, UsageError, "a GGUF file has its own quantization"),
+        (
+            {f"Q4/a-{n:05}-of-00002.gguf": b"GGUF" for n in (1, 2)}, {}, ModelError,
+            f"{MODEL} is a model in 2 parts, which llama.cpp alone reads: .* dsr1kit serve {MODEL}",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_what_the_configuration_tells_is_told_before_the_weights_come(
+    hub: LoopbackHub, files: dict[str, bytes], options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    hub.push(MODEL, files)
+    with pytest.raises(error, match=words):
+        ask(MODEL, **options)
+    assert {one.path for one in hub.contents()} <= {"config.json"}
+
+
+def test_an_engine_is_not_given_what_its_configuration_forbids(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.push(MODEL, TINY)
-    with pytest.raises(UsageError, match="device 'banana' is none of torch's: leave it at 'auto'"):
-        ask(MODEL, device="banana")
-    assert not hub.of("model.safetensors")
+    with pytest.raises(UsageError, match="has a context of 1024 tokens, so 4096 cannot be served"):
+        asyncio.run(Engine(MODEL, engine="transformers", context=4096).__aenter__())
+    hub.push("lab/large", {"a.gguf": b"GGUF" + bytes(5_000_000)})
+    monkeypatch.setattr("dsr1kit.local.engines.look", lambda: replace(look(), gpus=(), memory_free_bytes=3_000_000))
+    monkeypatch.setattr("dsr1kit.local.engine_commands._llama_server", lambda: "/bin/true")
+    with pytest.raises(ModelError, match="lab/large does not fit: its files alone have"):
+        asyncio.run(Engine("lab/large").__aenter__())
+    assert {one.path for one in hub.contents()} <= {"config.json"}
+
+
+def test_who_has_logged_in_by_the_hubs_own_client_needs_no_variable(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("lab/gated", TINY, gated=True, token=LOGGED_IN)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text(f"{LOGGED_IN}\n")
+    asyncio.run(bring("lab/gated"))
+    assert is_here("lab/gated")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    hub.push("lab/gated2", TINY, gated=True, token=LOGGED_IN)
+    with pytest.raises(MissingKey):
+        asyncio.run(bring("lab/gated2"))
 
 
 def test_offline_nothing_is_asked_and_what_is_not_here_said(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, TINY)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = f"{MODEL} is not on this machine, and HF_HUB_OFFLINE is set.*by dsr1kit weights {MODEL}"
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    words = f"{MODEL} is not on this machine, and TRANSFORMERS_OFFLINE is set.*by dsr1kit weights {MODEL}"
     with pytest.raises(ModelError, match=words):
         ask(MODEL)
     with pytest.raises(ModelError, match=words):
@@ -209,11 +268,25 @@ def test_a_run_fetches_its_local_models_before_it_asks_anyone(hub: LoopbackHub, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 2
     assert "check the spelling" in done.stderr
+    assert not (tmp_path / "run").exists(), "the corrected command may use the folder"
+    hub.push("lab/huge", HUGE)
+    command[5] = f"emulated:calm,local:{MODEL}@8bit,local:lab/huge"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 1
+    assert "lab/huge does not fit" in done.stderr
     assert not (tmp_path / "run").exists()
     command[5] = f"local:{MODEL}"
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"fetching {MODEL}" in done.stderr
+
+
+def test_no_home_is_told_as_such(hub: LoopbackHub) -> None:
+    code = "import os; os.environ.pop('XDG_CACHE_HOME'); import pathlib, sys, dsr1kit.cli as c\n"
+    code += "def no_home(*_): raise RuntimeError('Could not determine home directory.')\n"
+    code += f"pathlib.Path.home = no_home; sys.argv = ['dsr1kit', 'fits', {MODEL!r}]; c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "there is no home directory to keep models in" in done.stderr
 
 
 # --- broken off ---------------------------------------------------------------------------------------------
@@ -319,10 +392,10 @@ def test_where_the_hubs_cache_is_can_be_said_in_its_own_ways(tmp_path: Path, mon
 def test_a_base_is_fetched_where_it_is_first_needed(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.push(MODEL, TINY)
     assert suited(MODEL).values == suited("tiny-r1").values, "its size is known before its rows are chosen"
-    asked = len(hub.asked)
-    tokenizer, _ = tokenizer_and_marks(MODEL)
+    tokenizer, marks = tokenizer_and_marks(MODEL)
     assert tokenizer.chat_template
-    assert len(hub.asked) == asked
+    assert marks == tokenizer_and_marks("tiny-r1")[1]
+    assert not hub.of("model.safetensors"), "for which no weights are needed"
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(
@@ -331,6 +404,26 @@ def test_a_base_is_fetched_where_it_is_first_needed(hub: LoopbackHub, tmp_path: 
     (adapter / "adapter_model.safetensors").write_bytes(safetensors(100))
     assert base_of(adapter) == MODEL
     assert f"dsr1kit serve {MODEL} --adapter" in serve_commands(MODEL, adapter)["dsr1kit"]
+
+
+def test_what_is_trained_notes_the_id_of_its_base_and_not_a_place_of_this_machine(hub: LoopbackHub) -> None:
+    hub.push(MODEL, TINY)
+    loaded = open_base(MODEL, method="lora", dtype="float32", device="cpu")
+    model = put_adapter(loaded, AdapterSettings(rank=4, alpha=8), seed=0)
+    assert model.peft_config["default"].base_model_name_or_path == MODEL
+
+
+def test_training_refuses_what_does_not_fit_before_it_is_fetched(hub: LoopbackHub) -> None:
+    hub.push(MODEL, HUGE)
+    suited(MODEL)
+    with pytest.raises(ModelError, match="does not fit"):
+        open_base(MODEL, method="lora", dtype="auto", device="cpu")
+    hub.push("lab/words", TINY | {"tokenizer.json": b"{}"})
+    with pytest.raises(ModelError, match="could not load lab/words"):
+        tokenizer_and_marks("lab/words")
+    hub.push("lab/odd", edited(num_experts="many"))
+    assert suited("lab/odd").values["max_length"] == 2048, "of a size that is not known"
+    assert not hub.of("model.safetensors")
 
 
 # --- what fits ----------------------------------------------------------------------------------------------
@@ -360,6 +453,20 @@ def test_what_fits_is_told_of_any_hub_id_by_its_configuration_alone(hub: Loopbac
     assert len(hub.asked) == asked
     hub.push("lab/packed", {"a.Q4_K_M.gguf": b"GGUF"})
     assert "lab/packed has no config.json" in fits("lab/packed").stderr
+    hub.push("lab/awq", edited(quantization_config={"quant_method": "awq"}))
+    assert "lab/awq is stored quantized (awq)" in fits("lab/awq").stderr
+    hub.push("lab/pickled", {"config.json": TINY["config.json"], "pytorch_model.bin": b"x"})
+    assert "only as pickles" in fits("lab/pickled").stderr
+    hub.push("lab/odd", edited(num_experts="many"))
+    assert "no usable num_experts ('many')" in fits("lab/odd").stderr
+    wide = edited(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40)
+    hub.push("lab/R1-large", wide)
+    told = json.loads(fits("lab/R1-large", "--on", "t4", "--json").stdout)["recommended"]
+    assert told["value"] == "R1-large nf4", "not the first that fits, LLM.int8, but what decodes fastest"
+    told = json.loads(fits("lab/R1-large", "--on", "cpu-16gb", "--json").stdout)["recommended"]
+    assert told["value"] == "R1-large q4_k_m"
+    (line,) = told["commands"]
+    assert line.startswith("# a GGUF repository of it, often called R1-large-GGUF")
     done = fits("lab/misspelled")
     assert done.returncode == 2
     assert "check the spelling" in done.stderr

@@ -395,12 +395,12 @@ def test_what_on_delta_raises_reaches_the_caller():
 
 def test_what_the_open_model_holds_is_not_counted_against_it(monkeypatch):
     """Advice after a shortage is about the request, not about loading the same weights a second time."""
-    from dsr1kit.local import load as loading
+    from dsr1kit.local import room as loading
 
     async def scenario(model):
         held = int(model.loaded.model.get_memory_footprint())
-        here = loading._seen_from("cpu")
-        assert loading._with_free(here, held).memory_free_bytes == here.memory_free_bytes + held
+        here = loading.seen_from("cpu")
+        assert loading.with_free(here, held).memory_free_bytes == here.memory_free_bytes + held
         return model.loaded.advice(100)
 
     assert "should fit" in run(scenario)
@@ -410,7 +410,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path, monk
     import dataclasses
     import json
 
-    from dsr1kit.local import load as loading
+    from dsr1kit.local import room as loading
 
     folder = tmp_path / "huge"
     shutil.copytree(data_dir() / "tiny-r1", folder)

@@ -45,10 +45,10 @@ def fits(
     at = find_hardware(on) if on else look()
     shape = _shape(model) if model else None
     found = plan(at, context=context, batch=batch, purpose=for_, model=shape)
-    chosen = best(found, at)
+    chosen = best(found, at, of_r1=shape is None)
     runs = [fit for fit in found if fit.state != "no"]
     if model:
-        pick = chosen or (runs[0] if runs else None)
+        pick = chosen
         least = found[-1].precision
         advice = "" if pick or shape is None else advise(
             shape, at, precision=least, context=context, batch=batch, purpose=for_
@@ -156,7 +156,9 @@ def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: 
     source = shape.hub_id
     if shape.kind in ("embedded", "folder"):
         fetch: list[str] = []
-    elif fit.precision == "q4_k_m" and shape.gguf:
+    elif fit.precision == "q4_k_m" and not shape.gguf:
+        return [f"# a GGUF repository of it, often called {shape.name}-GGUF: dsr1kit weights ... --file '*Q4_K_M*'"]
+    elif fit.precision == "q4_k_m":
         fetch, source = [f"dsr1kit weights {shape.gguf} --file '*Q4_K_M*'"], shape.gguf
     else:
         fetch = [f"dsr1kit weights {source}"]
@@ -165,6 +167,8 @@ def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: 
     # The room that the recommendation counts on, or what was asked for; without --batch an engine takes more rows.
     tokens = max(min(fit.longest_context, ROOM), min(context, shape.context))
     sizes = f"--context {tokens} --batch {batch}"
+    if fit.precision == "q4_k_m" and shape.kind == "folder" and not source.endswith(".gguf"):
+        return ["# made into a GGUF file by llama.cpp's convert_hf_to_gguf.py, then quantized by its llama-quantize"]
     if fit.precision == "q4_k_m":
         return [*fetch, f"dsr1kit serve {source} --engine llama.cpp {sizes}"]
     if shape.latent or len(at.gpus) > 1:

@@ -7,6 +7,7 @@ beyond its key (channel, item, sample) and its outcome.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import fcntl
 import json
@@ -81,6 +82,15 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def forget_unused(self) -> None:
+        """Leave no trace of a run that holds nothing yet, so that its folder can be another's."""
+        if self._outcomes or self._warm_path.exists():
+            return
+        for path in (self.run_path, self.records_path):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds what is not ours
+            self.folder.rmdir()
 
     def done(self) -> set[Key]:
         """Keys that have a record."""

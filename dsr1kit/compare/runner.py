@@ -31,7 +31,7 @@ from dsr1kit.compare.settings import USUAL_ITEMS, OnProgress, RunSettings
 from dsr1kit.compare.slim import load_records
 from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import digest, endless, facts, load_task
-from dsr1kit.errors import ModelError, RunError
+from dsr1kit.errors import Dsr1kitError, ModelError, RunError
 from dsr1kit.keys import require_key
 from dsr1kit.local.model import LocalModel
 from dsr1kit.local.places import locate
@@ -88,8 +88,6 @@ async def run_comparison(
             require_key(catalogue[name].api_key_env, name)
         if is_local(name):
             locate(name.removeprefix(LOCAL).partition("@")[0])
-    if not (Path(out) / "records.jsonl").exists():  # of a run that goes on, only those that have questions left
-        await _fetch(backends, settings.channels)
     prices = {name: price_of(name, catalogue) for name in settings.channels}
     identity = _identity(settings, items, catalogue, backends)
     hosted_ones = [catalogue[name] for name in settings.channels if name in catalogue]
@@ -108,7 +106,11 @@ async def run_comparison(
             if not run.budget_spent():
                 journal.forget_unasked()
             open_ones = [q for q in in_order(settings, items) if q.key not in journal.done()]
-            await _fetch(backends, {q.channel for q in open_ones})
+            try:
+                await _fetch(backends, {q.channel for q in open_ones})
+            except Dsr1kitError:
+                journal.forget_unused()
+                raise
             hosted = [q for q in open_ones if not is_local(q.channel)]
             if hosted:
                 warm_ups = list(_warm_ups(settings, items, hosted))
@@ -132,10 +134,11 @@ async def run_comparison(
 
 
 async def _fetch(backends: Mapping[str, object], channels: Iterable[str]) -> None:
-    """Have the local models among the channels on this machine. Raises as `LocalModel.fetch`."""
+    """Have the local models among the channels on this machine, and room for each. Raises as `LocalModel.fetch`."""
     for name in channels:
         if isinstance(backend := backends[name], LocalModel):
             await backend.fetch()
+            await backend.require_room()
 
 
 def load_items(settings: RunSettings) -> list[Item]:

@@ -32,13 +32,12 @@ from dsr1kit.finetune.modelcard import (
     write_card,
 )
 from dsr1kit.local.adapters import WEIGHTS
-from dsr1kit.local.bring import bring_now
+from dsr1kit.local.bring import config_of
 from dsr1kit.local.engine_checks import cause_in, check_weights_of
 from dsr1kit.local.engine_commands import read_json
 from dsr1kit.local.hardware import SMALL, Choice
 from dsr1kit.local.identity import sha256_of
 from dsr1kit.local.load import load, quiet
-from dsr1kit.local.places import locate
 
 #: What a merge notes beside its weights; a folder with it may be replaced by a later merge, any other may not.
 MERGED = "merged.json"
@@ -270,16 +269,8 @@ def _own_dtype(source: str) -> str:
     Raises:
         ModelError: the files are quantized.
     """
-    from transformers import AutoConfig
-
-    bring_now(source)
-    place, gguf = locate(source)
-    if gguf:
-        return "float32"  # the loader takes the folder that it is converted to
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
-    except Exception:  # damaged or not reached: the loader says why
-        return "float32"
+    if (config := config_of(source)) is None:
+        return "float32"  # a GGUF file: the loader takes the folder that it is converted to
     if config.get("quantization_config"):
         raise ModelError(
             f"{source} is stored quantized, and a merge into quantized weights would round the adapter away: tune and "

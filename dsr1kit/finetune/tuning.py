@@ -21,9 +21,10 @@ from dsr1kit.finetune.gain import Gain, GainSettings, measure_gain, questions
 from dsr1kit.finetune.lint import Lint, lint
 from dsr1kit.finetune.settings import Preset, SftSettings, preset
 from dsr1kit.finetune.sft import Trained, train_sft
-from dsr1kit.local.bring import bring_now
+from dsr1kit.local.bring import bring_now, config_of, small_files_of
 from dsr1kit.local.hardware import look
 from dsr1kit.local.load import quiet
+from dsr1kit.local.load_failures import why_not
 from dsr1kit.local.places import locate
 from dsr1kit.local.release import give_back
 from dsr1kit.local.shapes import find_shape, shape_of_config
@@ -31,7 +32,6 @@ from dsr1kit.records import Sampling
 
 if TYPE_CHECKING:
     from dsr1kit.finetune.trainers import OnStep
-    from dsr1kit.local.weights import Coming
 
 HELD_OUT = "held_out.jsonl"
 _MOST_HELD_OUT, _SHARE_HELD_OUT = 300, 5
@@ -79,28 +79,24 @@ class Measure:
 
 
 def suited(model: str, *, max_length: int | None = None) -> Preset:
-    """The preset for a model on this machine; a hub id that is not here is fetched. Raises as `settings.preset` and
-    `bring`."""
+    """The preset for a model on this machine; of a hub id that is not here its configuration alone is asked for.
+    Raises as `settings.preset` and `config_of`."""
     from dsr1kit.local.gguf import dequantized
 
-    def refuse(coming: Coming) -> None:
-        try:
-            shape = shape_of_config(coming.config or {})
-        except ModelError:  # not known to the planner
-            return
-        preset(model, shape, look(), max_length=max_length)
-
-    bring_now(model, on_plan=refuse)
-    place, gguf = locate(model)
-    try:  # a GGUF file is trained on as the folder that it is converted to
-        shape = find_shape(str(dequantized(Path(place) / gguf)) if gguf else place)
+    config, shape = config_of(model), None
+    try:
+        if config is not None:
+            shape = shape_of_config(config)
+        else:  # a GGUF file is trained on as the folder that it is converted to
+            place, gguf = locate(model)
+            shape = find_shape(str(dequantized(Path(place) / gguf))) if gguf else None
     except Dsr1kitError:  # of an architecture that the planner does not know
-        shape = None
+        pass
     return preset(model, shape, look(), max_length=max_length)
 
 
 def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
-    """A model's tokenizer and special ids, without its weights in memory; a hub id that is not here is fetched.
+    """A model's tokenizer and special ids, without its weights; of a hub id that is not here the small files come.
 
     Raises:
         ModelError, UsageError: as `LocalModel` does.
@@ -112,13 +108,20 @@ def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
     from dsr1kit.local.gguf import dequantized
     from dsr1kit.local.rows import marks_of
 
-    bring_now(model)
     place, gguf = locate(model)
+    if not Path(place).is_dir():
+        place = str(small_files_of(model))
+        if not (Path(place) / "config.json").is_file():  # a GGUF file's tokenizer is in it
+            bring_now(model)
+            place, gguf = locate(model)
     if gguf:
         place = str(dequantized(Path(place) / gguf))
     generation: Any = GenerationConfig
     with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:  # damaged files make the library raise what it likes
+            raise ModelError(why_not(model, "none", "cpu", error, str)) from None
         try:
             config = generation.from_pretrained(place)
         except OSError:

@@ -6,14 +6,23 @@ What is here is taken as it is, without asking anyone. Knows nothing about how m
 from __future__ import annotations
 
 import asyncio
+import atexit
+import json
+import shutil
+import tempfile
 import threading
+from collections.abc import Coroutine, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dsr1kit.errors import MissingKey, ModelError, UsageError
-from dsr1kit.local.choice import size_text
 from dsr1kit.local.hub import offline
-from dsr1kit.local.places import is_here
-from dsr1kit.local.weights import Coming, OnPlan, fetch_weights
+from dsr1kit.local.places import is_here, locate
+from dsr1kit.local.weights import Coming, OnPlan, config_on_hub, fetch_beside, fetch_weights
 from dsr1kit.progress import fetch_progress
+
+T = TypeVar("T")
 
 
 async def bring(source: str, *, on_plan: OnPlan | None = None) -> None:
@@ -31,24 +40,18 @@ async def bring(source: str, *, on_plan: OnPlan | None = None) -> None:
     """
     if is_here(source):
         return
-    if offline():
-        raise ModelError(
-            f"{source} is not on this machine, and HF_HUB_OFFLINE is set, so nothing was asked for. Unset it, and the "
-            f"model is fetched when it is opened, or before, by dsr1kit weights {source}"
-        )
+    _require_online(source)
     refused: list[Exception] = []
-    with fetch_progress(source) as (tell, note):
 
-        def plan(coming: Coming) -> None:
+    def plan(coming: Coming) -> None:
+        try:
             if on_plan is not None:
-                try:
-                    on_plan(coming)
-                except Exception as error:
-                    refused.append(error)
-                    raise
-            licence = coming.licence or "not stated, see its page"
-            note(f"fetching {source} ({size_text(coming.missing_bytes)}, licence: {licence}) into {coming.folder}")
+                on_plan(coming)
+        except Exception as error:
+            refused.append(error)
+            raise
 
+    with fetch_progress(source) as (tell, note):
         try:
             await fetch_weights(source, on_plan=plan, on_progress=tell, on_note=note)
         except (UsageError, ModelError) as error:
@@ -59,13 +62,51 @@ async def bring(source: str, *, on_plan: OnPlan | None = None) -> None:
 
 def bring_now(source: str, *, on_plan: OnPlan | None = None) -> None:
     """`bring`, waited for: for code that is not asynchronous, inside of a running loop, too."""
-    if is_here(source):
-        return
+    if not is_here(source):
+        _waited_for(bring(source, on_plan=on_plan))
+
+
+def config_of(source: str) -> Mapping[str, Any] | None:
+    """The content of a model's config.json, of a hub id that is not here from the hub, alone; None where it has none,
+    as GGUF files. Waited for, as `bring_now` is.
+
+    Raises:
+        ModelError: it cannot be read or fetched. UsageError: as `fetch_weights`.
+    """
+    place, gguf = locate(source)
+    if gguf is not None:
+        return None
+    if not Path(place).is_dir():
+        _require_online(source)
+        return _waited_for(config_on_hub(source))
+    file = Path(place) / "config.json"
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({error}): copy or fetch it again") from None
+    if not isinstance(told, dict):
+        raise ModelError(f"{file} holds no JSON object: copy or fetch it again")
+    return told
+
+
+@cache
+def small_files_of(source: str) -> Path:
+    """A folder with the small files of a hub id that is not here, its tokenizer among them, kept until the process
+    ends. Waited for, as `bring_now` is; raises as `fetch_weights`."""
+    _require_online(source)
+    folder = Path(tempfile.mkdtemp(prefix="dsr1kit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _waited_for(fetch_beside(source, folder))
+    return folder
+
+
+def _waited_for(work: Coroutine[Any, Any, T]) -> T:
+    """What the coroutine returns, run in a thread of its own: the calling one may have a loop that runs."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(bring(source, on_plan=on_plan), loop).result()
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
     finally:
         asyncio.run_coroutine_threadsafe(_ended(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
@@ -82,7 +123,18 @@ async def _ended() -> None:
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
+def _require_online(source: str) -> None:
+    if named := offline():
+        raise ModelError(
+            f"{source} is not on this machine, and {named} is set, so nothing was asked for. Unset it, and the model "
+            f"is fetched when it is opened, or before, by dsr1kit weights {source}"
+        )
+
+
 def _told_here(source: str, said: str) -> str:
     """What `dsr1kit weights` says of a failure, where another command asked it."""
     command = f"dsr1kit weights {source}"
-    return said if command in said or "--" not in said else f"{said} (such options are those of {command})"
+    if command in said or "--" not in said:
+        return said
+    moved = "; XDG_CACHE_HOME=/ELSEWHERE moves all models of the kit" if "--to" in said else ""
+    return f"{said} (such options are those of {command}{moved})"

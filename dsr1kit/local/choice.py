@@ -33,7 +33,7 @@ def select(model: str, files: Sequence[RemoteFile], patterns: Sequence[str] = ()
         ModelError: the model has neither safetensors nor GGUF.
     """
     usable = [file for file in files if not file.path.lower().endswith(_NEVER)]
-    beside = [file for file in usable if "/" not in file.path and _matches(file.path, _BESIDE)]
+    small = beside(usable)
     if patterns:
         found = [file for file in usable if _matches(file.path, patterns)]
         for pattern in patterns:
@@ -41,13 +41,13 @@ def select(model: str, files: Sequence[RemoteFile], patterns: Sequence[str] = ()
                 raise _nothing_found(model, pattern, files)
         split = {series[0] for file in found if (series := series_of(file.path))}
         found += [file for file in usable if (series := series_of(file.path)) and series[0] in split]
-        return list({file.path: file for file in (*found, *beside)}.values())
+        return list({file.path: file for file in (*found, *small)}.values())
     safetensors = [
         file for file in usable
         if file.path.endswith(".safetensors") and "/" not in file.path and not file.path.startswith("consolidated")
     ]  # fmt: skip
     if safetensors:
-        return list({file.path: file for file in (*safetensors, *beside)}.values())
+        return list({file.path: file for file in (*safetensors, *small)}.values())
     ggufs = [file for file in usable if file.path.endswith(".gguf")]
     if not ggufs:
         pickles = [file.path for file in files if file.path.lower().endswith(PICKLES)]
@@ -64,7 +64,15 @@ def select(model: str, files: Sequence[RemoteFile], patterns: Sequence[str] = ()
         choices.setdefault(series[0] if series else file.path, []).append(file)
     if len(choices) > 1:
         raise _several(model, choices)
-    return [*ggufs, *beside]
+    return [*ggufs, *small]
+
+
+def beside(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return the small files that a model is loaded with: configurations, tokenizer, template, licence."""
+    return [
+        file for file in files
+        if "/" not in file.path and _matches(file.path, _BESIDE) and not file.path.lower().endswith(_NEVER)
+    ]  # fmt: skip
 
 
 def size_text(count: int) -> str:

@@ -18,8 +18,8 @@ from dsr1kit.errors import Dsr1kitError, ModelError
 from dsr1kit.local.engine_commands import Quantization, chat_template, read_json
 from dsr1kit.local.folder import check_weights
 from dsr1kit.local.hardware import Hardware
-from dsr1kit.local.load import refuse_unfit
 from dsr1kit.local.memory import PRECISION_OF, half_precision, need
+from dsr1kit.local.room import refuse_unfit
 from dsr1kit.local.shapes import Shape, shape_of_config
 
 _EXCEPTION = re.compile(r"(?:^|(?<=\s))(?:\w+\.)*\w*(?:Error|Exception): \S.*")

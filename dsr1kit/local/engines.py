@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, op
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
 from dsr1kit.local.places import locate
+from dsr1kit.local.room import refuse_large_gguf
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -212,9 +213,7 @@ class Engine:
             from dsr1kit.local.gguf import dequantized
 
             weights = await _aside(dequantized, weights)
-        most = int(commands.read_json(weights / "config.json").get("max_position_embeddings") or 0)
-        if self._context and most and self._context > most:
-            raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
+        most = self._require_context(commands.read_json(weights / "config.json"))
         usual = commands.CONTEXT_GPU if hardware.gpus else commands.CONTEXT_CPU
         share: float | None = None
         folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
@@ -253,8 +252,18 @@ class Engine:
     def _suit(self, coming: Coming, hardware: Hardware) -> None:
         """A missing engine, and too little memory, are told before gigabytes are fetched."""
         self._choose(hardware, gguf=not any(file.endswith(".safetensors") for file in coming.files))
+        self._require_context(coming.config or {})
+        if self._command is None and self.engine == "llama.cpp":
+            refuse_large_gguf(self.source, coming.weights_bytes, hardware)
         if self._command is None and coming.config is not None and self.engine != "llama.cpp":
             check_room(self.source, coming.config, hardware, dtype="bfloat16", quantization=self._quantization)
+
+    def _require_context(self, config: Mapping[str, Any]) -> int:
+        """The model's own context, 0 where it does not say; raises UsageError where more was asked for."""
+        most = int(config.get("max_position_embeddings") or 0)
+        if self._context and most and self._context > most:
+            raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
+        return most
 
     def _check_log(self) -> None:
         if not self._own_log:

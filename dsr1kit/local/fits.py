@@ -143,9 +143,9 @@ def _possible(shape: Shape, precision: str, purpose: str) -> bool:
     return not shape.experts or not (precision == "nf4" or (precision == "8bit" and purpose != "inference"))
 
 
-def best(fits: list[Fit], hardware: Hardware) -> Fit | None:
-    """The one to run first; None where nothing of R1 fits. The rule is in `recommend`."""
-    pool = [fit for fit in fits if fit.state != "no" and fit.shape.kind in ("r1", "distill")]
+def best(fits: list[Fit], hardware: Hardware, *, of_r1: bool = True) -> Fit | None:
+    """The one to run first; None where nothing of R1 (or, if not `of_r1`, nothing) fits. The rule is in `recommend`."""
+    pool = [fit for fit in fits if fit.state != "no" and (not of_r1 or fit.shape.kind in ("r1", "distill"))]
     reach = max((fit.context for fit in pool), default=0)
     pool = [fit for fit in pool if fit.context == reach]
     tuning = any(fit.need.optimizer for fit in pool)

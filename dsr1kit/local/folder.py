@@ -74,7 +74,12 @@ class Manifest:
 def default_folder(model: str, source: str) -> Path:
     """Return where a model lies unless the person says otherwise: below `$XDG_CACHE_HOME` or `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
+    try:
+        root = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
+    except RuntimeError:
+        raise UsageError(
+            "there is no home directory to keep models in: export HOME=... or XDG_CACHE_HOME=..."
+        ) from None
     return root / "dsr1kit" / "models" / source / model
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from dsr1kit.errors import ModelError, UsageError
 from dsr1kit.local.hardware import look
 from dsr1kit.local.identity import sha256_of
-from dsr1kit.local.load import PLANNED_CONTEXT, refuse_lacking
+from dsr1kit.local.load import refuse_lacking
 from dsr1kit.local.memory import GIB
+from dsr1kit.local.room import PLANNED_CONTEXT
 from dsr1kit.local.shapes import Shape, shape_of_config
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urljoin, urlsplit
 
 from dsr1kit.errors import MissingKey, ModelError, UnknownName, UsageError
-from dsr1kit.keys import find_key
+from dsr1kit.keys import find_key, remember
 from dsr1kit.local.patience import Patience, Persistence, Temporary
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _TITLES = {"hub": "the Hugging Face Hub", "modelscope": "ModelScope"}
 _MOST_LISTING_BYTES = 64 * 1024 * 1024
 _MOST_HOPS = 6
 _LONGEST_WAIT_S = 600.0
+_LISTING_STALL_S = 10.0  # nobody knows yet whether anything will come
 _READ_BYTES = 1024 * 1024
 _BUFFER_BYTES = 128 * 1024  # what waits here when a connection breaks is lost, and comes again
 
@@ -83,22 +85,17 @@ class Hub:
         self.endpoint = (endpoint or os.environ.get(variable, "").strip() or _ENDPOINTS[source]).rstrip("/")
         if not _web_address(self.endpoint):
             raise UsageError(f"{variable}={self.endpoint!r} is no http(s):// URL, such as {_ENDPOINTS[source]}")
-        if offline():
-            raise UsageError("HF_HUB_OFFLINE is set, so nothing is downloaded: unset HF_HUB_OFFLINE, then run it again")
+        if named := offline():
+            raise UsageError(f"{named} is set, so nothing is downloaded: unset {named}, then run it again")
         self._token: str | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         import aiohttp
 
-        self._token = await asyncio.to_thread(find_key, _KEYS[self.source])
-        timeout = aiohttp.ClientTimeout(
-            total=None, connect=None, sock_connect=self.patience.connect_s, sock_read=self.patience.stall_s
-        )
+        self._token = await asyncio.to_thread(_token_for, self.source)
         # Cookies would carry what one host set to the next request; nothing here needs them.
-        self._session = aiohttp.ClientSession(
-            timeout=timeout, read_bufsize=_BUFFER_BYTES, cookie_jar=aiohttp.DummyCookieJar()
-        )
+        self._session = aiohttp.ClientSession(read_bufsize=_BUFFER_BYTES, cookie_jar=aiohttp.DummyCookieJar())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -171,7 +168,7 @@ class Hub:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, url: str, model: str, *, revision: str = "", path: str = "", offset: int = 0
+        self, url: str, model: str, *, revision: str = "", path: str = "", offset: int = 0, stall_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """GET `url` from byte `offset` on, following redirects; status 200, 206 or 416.
 
@@ -185,6 +182,8 @@ class Hub:
         if self._session is None:
             raise UsageError("the hub is not open: async with Hub(...) as hub")
         headers = {"Accept-Encoding": "identity", "User-Agent": "dsr1kit"}
+        stall_s = min(stall_s or self.patience.stall_s, self.patience.stall_s)
+        clocks = aiohttp.ClientTimeout(total=None, sock_connect=self.patience.connect_s, sock_read=stall_s)
         if offset:
             headers["Range"] = f"bytes={offset}-"
         try:
@@ -194,6 +193,7 @@ class Hub:
                     URL(url, encoded=True),  # a signed link is void once a character of it is quoted otherwise
                     headers=headers | (self._authorization() if ours else {}),
                     allow_redirects=False,
+                    timeout=clocks,
                     proxy=_proxy_for(url),
                 ) as response:
                     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
@@ -211,7 +211,7 @@ class Hub:
                     "SSL_CERT_FILE=its-authority.pem"
                 ) from None
             if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise Temporary(f"no byte came for {self.patience.stall_s:g} s") from None
+                raise Temporary(f"no byte came for {stall_s:g} s") from None
             raise Temporary(f"{urlsplit(url).hostname}: {_why(error)}") from None
 
     def _redirected(self, url: str, location: str) -> str:
@@ -232,7 +232,7 @@ class Hub:
             # Nothing is lost yet, and the person waits: sooner given up than in the middle of a file.
             async for attempt in Persistence(replace(self.patience, retries=min(3, self.patience.retries))).attempts():
                 with attempt:
-                    async with self.open(url, model, revision=revision) as response:
+                    async with self.open(url, model, revision=revision, stall_s=_LISTING_STALL_S) as response:
                         body = bytearray()
                         async for piece in response.content.iter_chunked(_READ_BYTES):
                             body += piece
@@ -305,9 +305,30 @@ class Hub:
         return "a mirror (export HF_ENDPOINT=https://hf-mirror.com), --source modelscope, or a proxy (HTTPS_PROXY)"
 
 
-def offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids to ask a hub, as its own client reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
+def offline() -> str:
+    """The variable that forbids to ask a hub, of the two that its own client reads; empty where none does."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")), "")
+
+
+def hub_home() -> Path:
+    """Where the hub's own client keeps what it knows: `HF_HOME`, or below the cache folder."""
+    named = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(os.path.expanduser(os.path.expandvars(named)))  # noqa: PTH111 - Path's raises where there is no home
+
+
+def _token_for(source: str) -> str | None:
+    """The token of a source, from the environment or, for the Hub, from where `hf auth login` has left it."""
+    if (key := find_key(_KEYS[source])) or source != "hub":
+        return key
+    if key := find_key("HUGGING_FACE_HUB_TOKEN"):
+        return key
+    try:
+        key = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    remember(key)
+    return key or None
 
 
 def require_source(source: str) -> None:

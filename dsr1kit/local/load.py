@@ -12,30 +12,36 @@ import logging
 import threading
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, UsageError
+from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError
 from dsr1kit.local.bring import bring_now
-from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
+from dsr1kit.local.hardware import choose_dtype, look
 from dsr1kit.local.load_failures import why_not
 from dsr1kit.local.memory import PRECISION_OF
-from dsr1kit.local.places import locate
+from dsr1kit.local.places import is_id, locate
 from dsr1kit.local.release import give_back_freed
+from dsr1kit.local.room import (
+    fitting,
+    fitting_instead,
+    refuse_coming,
+    refuse_quantized_gguf,
+    require_device,
+    seen_from,
+    shape_or_none,
+    with_free,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from dsr1kit.local.hardware import Hardware
     from dsr1kit.local.rows import Marks
-    from dsr1kit.local.shapes import Shape
-    from dsr1kit.local.weights import Coming
 
 Quantization = Literal["none", "8bit", "4bit", "auto"]
 QUANTIZATIONS = ("none", "8bit", "4bit", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PLANNED_CONTEXT = 2048  # tokens that there must be room for when a model is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +80,10 @@ class LoadedModel:
         """What would fit, where one request of so many tokens did not."""
         from dsr1kit.local.fits import advise
 
-        if (shape := _shape(self.model.config.to_dict())) is None:
+        if (shape := shape_or_none(self.model.config.to_dict())) is None:
             return "Ask for fewer max_tokens, or open the model with quantization='4bit'."
         # The weights that are loaded stay: what they hold counts as free for the whole.
-        here = _with_free(_seen_from(self.device), int(self.model.get_memory_footprint()))
+        here = with_free(seen_from(self.device), int(self.model.get_memory_footprint()))
         return advise(shape, here, precision=self.precision, context=context)
 
 
@@ -117,8 +123,8 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     place, gguf = locate(source)
     if device != "auto":
         require_device(device)
-    if gguf and quantization not in ("none", "auto"):
-        raise UsageError("a GGUF file has its own quantization: open it with quantization='none'")
+    if gguf:
+        refuse_quantized_gguf(quantization)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if gguf:
@@ -128,10 +134,10 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         # trust_remote_code stays off whatever the environment says.
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        shape = _shape(config.to_dict())
+        shape = shape_or_none(config.to_dict())
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
-        bits, why = _fitting(source, shape, "none" if gguf else quantization, name, device)
+        bits, why = fitting(source, shape, "none" if gguf else quantization, name, device)
         precision = PRECISION_OF[name if bits == "none" else bits]
         options = _quantized(bits, getattr(torch, name))
         came: Any = AutoModelForCausalLM.from_pretrained(
@@ -145,14 +151,17 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         )
         model, found = came
         refuse_lacking(source, found)
+        if is_id(source):  # adapters note it as what they were trained on: its place here means nothing elsewhere
+            model.name_or_path = model.config._name_or_path = source
         model.eval()
         if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
         if device == "cpu":
             give_back_freed()
         if not tokenizer.chat_template:
+            again = f"; if its page has one, dsr1kit weights {source} fetches it whole" if is_id(source) else ""
             raise ModelError(
-                f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model"
+                f"{source} has no chat template, so it cannot answer messages: use an instruct or R1 model{again}"
             )
     except Dsr1kitError:
         model = came = None  # a notebook keeps the last error, and with it what this frame holds
@@ -160,7 +169,7 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
     except Exception as error:  # damaged files and networks make the libraries raise what they like
         model = came = None
         # Without its traceback, whose frames hold what was loaded by then.
-        told = why_not(source, quantization, device, error, lambda: _fitting_instead(shape, device, precision))
+        told = why_not(source, quantization, device, error, lambda: fitting_instead(shape, device, precision))
         raise ModelError(told) from error.with_traceback(None)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
     parameters = int(model.num_parameters())  # which knows how 4-bit weights are packed
@@ -197,96 +206,6 @@ def _quantized(quantization: str, compute: Any) -> dict[str, Any]:
             )
         }
     return {}
-
-
-def _shape(config: Mapping[str, Any]) -> Shape | None:
-    """The shape by which the planner counts; None for an architecture that it does not know."""
-    from dsr1kit.local.shapes import shape_of_config
-
-    try:
-        return shape_of_config(config)
-    except Dsr1kitError:
-        return None
-
-
-def _fitting(source: str, shape: Shape | None, quantization: str, dtype: str, device: str) -> tuple[str, str]:
-    """The quantization to load in and why; raises ModelError, with what would fit, where this one does not."""
-    if shape is None:  # the loader will find out
-        return ("none", "not known to the planner") if quantization == "auto" else (quantization, "asked for")
-    here = _seen_from(device)
-    if quantization == "auto":
-        context = min(PLANNED_CONTEXT, shape.context)
-        return choose_quantization(shape, here, context, unquantized=PRECISION_OF[dtype])
-    refuse_unfit(source, shape, PRECISION_OF[dtype if quantization == "none" else quantization], here)
-    return quantization, "asked for"
-
-
-def require_device(device: str) -> None:
-    """Raise UsageError where torch knows no such device, or this machine has fewer."""
-    import torch
-
-    mend = "leave it at 'auto', or name cpu, cuda or cuda:N"
-    try:
-        named = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device {device!r} is none of torch's: {mend}") from None
-    if named.type == "cuda" and torch.cuda.is_available() and (named.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {device!r} is not there, of {torch.cuda.device_count()} GPUs: {mend}")
-
-
-def refuse_coming(source: str, coming: Coming, quantization: str, device: str, dtype: str) -> None:
-    """Raise ModelError, with what would fit, where a model that is about to be fetched would not.
-
-    Args:
-        source: the model, as it was asked for.
-        coming: what its hub says of it.
-        quantization, device, dtype: as for `load`.
-    """
-    if device != "auto":
-        require_device(device)
-    if coming.config is None or coming.config.get("quantization_config"):
-        return  # GGUF files, and weights that come quantized, are looked at when they are here
-    shape = _shape(coming.config)
-    if device == "auto":
-        device = "cuda:0" if look().gpus else "cpu"
-    name = choose_dtype(0 if shape is None else shape.parameters, device).value if dtype == "auto" else dtype
-    _fitting(source, shape, quantization, name, device)
-
-
-def refuse_unfit(source: str, shape: Shape, precision: str, hardware: Hardware) -> None:
-    """Raise ModelError, with what would fit, where a model's weights with what a process needs exceed what is free."""
-    from dsr1kit.local.fits import advise
-    from dsr1kit.local.memory import available, need
-
-    context = min(PLANNED_CONTEXT, shape.context)
-    wanted = need(shape, precision=precision, context=context, device="cuda" if hardware.gpus else "cpu")
-    if wanted.weights + wanted.activations > available(hardware):
-        raise ModelError(f"{source} does not fit: {advise(shape, hardware, precision=precision, context=context)}")
-
-
-def _seen_from(device: str) -> Hardware:
-    """The machine as a model on one device sees it: that GPU alone, or none."""
-    here = look()
-    if not device.startswith("cuda"):
-        return replace(here, gpus=())
-    number = int(device.partition(":")[2] or 0)
-    return replace(here, gpus=here.gpus[number : number + 1])
-
-
-def _with_free(here: Hardware, more: int) -> Hardware:
-    """The same machine with so many more bytes free."""
-    if here.gpus:
-        return replace(here, gpus=(replace(here.gpus[0], free_bytes=here.gpus[0].free_bytes + more),))
-    return replace(here, memory_free_bytes=here.memory_free_bytes + more)
-
-
-def _fitting_instead(shape: Shape | None, device: str, precision: str) -> str:
-    """What would fit, where memory ran out while a model was loaded."""
-    from dsr1kit.local.fits import advise
-
-    if shape is None or not precision:
-        return "See what fits here: dsr1kit fits"
-    return advise(shape, _seen_from(device), precision=precision, context=min(PLANNED_CONTEXT, shape.context))
 
 
 def refuse_lacking(source: str | Path, found: Any) -> None:

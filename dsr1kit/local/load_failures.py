@@ -25,4 +25,6 @@ def why_not(source: str, quantization: str, device: str, error: Exception, fitti
         return f"{head}. This torch or machine has no CUDA: leave device at 'auto'"
     if "safetensor" in text or "header" in text:
         return f"{head}. The weights are damaged or cut short: fetch them again (dsr1kit weights checks every byte)"
+    if isinstance(error, ImportError) or "please install" in text:
+        return f"{head}. Install what it asks for, or take a model that needs none of it"
     return f"{head}. A file of it is damaged or no decoder's: copy or fetch it again, whole"

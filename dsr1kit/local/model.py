@@ -25,13 +25,13 @@ from dsr1kit.local.load import (
     Quantization,
     load,
     quiet,
-    refuse_coming,
     require_local,
 )
-from dsr1kit.local.places import is_here
+from dsr1kit.local.places import is_here, locate
 from dsr1kit.local.prompts import Prompt, prompt_of
 from dsr1kit.local.reading import Kind, Text, judged, read, timing_of
 from dsr1kit.local.release import give_back, give_back_freed
+from dsr1kit.local.room import refuse_coming, refuse_here
 from dsr1kit.local.rows import Row
 from dsr1kit.records import (
     R1_SAMPLING,
@@ -124,15 +124,26 @@ class LocalModel:
         return self
 
     async def fetch(self) -> None:
-        """Have the model of a hub id on this machine, as opening does first; nothing where it is.
+        """Have the model on this machine, as opening does first: a hub id is fetched, if it would fit and work here.
 
         Raises:
-            ModelError: it would not fit here, cannot be fetched, or a path holds no model. UsageError: as `bring`.
+            ModelError: it would not fit here, cannot be fetched, or a path holds no model or adapter. UsageError: as
+                `bring`.
         """
-        if not is_here(self.source):  # a wrong name fails before the seconds that imports take
-            require_local()
-            chosen = self.quantization, self._device, self._dtype
-            await bring(self.source, on_plan=lambda coming: refuse_coming(self.source, coming, *chosen))
+        if is_here(self.source):  # a wrong name fails before the seconds that imports take
+            return
+        from dsr1kit.local.adapters import adapter_config
+
+        require_local()
+        for folder in self._wanted_adapters.values():
+            adapter_config(folder)
+        await bring(self.source, on_plan=lambda coming: refuse_coming(self.source, coming, *self._chosen))
+
+    async def require_room(self) -> None:
+        """Raise ModelError, with what would fit, where the model, which is here, would not fit or work."""
+        require_local()
+        place, _ = locate(self.source)
+        await asyncio.to_thread(refuse_here, self.source, place, *self._chosen)
 
     async def __aexit__(self, *_: object) -> None:
         on_gpu = self._loaded is not None and self._loaded.device.startswith("cuda")
@@ -141,6 +152,10 @@ class LocalModel:
             await asyncio.to_thread(desk.close)
         if on_gpu:
             await asyncio.to_thread(give_back)  # another program's to use, such as an engine's
+
+    @property
+    def _chosen(self) -> tuple[str, str, str]:
+        return self.quantization, self._device, self._dtype
 
     @property
     def loaded(self) -> LoadedModel:

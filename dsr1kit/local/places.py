@@ -10,9 +10,10 @@ from pathlib import Path
 
 from dsr1kit.errors import ModelError, UnknownName
 from dsr1kit.local.folder import HUB_ID, PICKLES, check_weights, default_folder, read_manifest, series_of, unfinished
+from dsr1kit.local.hub import hub_home
 from dsr1kit.paths import data_dir
 
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # a tokenizer has one of these files
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "*.tiktoken")  # a tokenizer has one of these files
 
 
 def locate(source: str) -> tuple[str, str | None]:
@@ -66,7 +67,7 @@ def _in_folder(path: Path) -> tuple[str, str | None]:
     safetensors = list(path.glob("*.safetensors"))
     if not safetensors and (files := _ggufs(path)):
         if len(files) > 1:
-            named = ", ".join(files[:5])
+            named = ", ".join(str(path / file) for file in files[:5])
             raise ModelError(f"{path} holds {len(files)} GGUF models: name the one to open ({named})")
         return str(path), files[0]
     if not (path / "config.json").is_file() or not safetensors:
@@ -130,6 +131,5 @@ def _cached(model: str) -> Path | None:
 
 
 def _cache() -> Path:
-    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(os.path.expandvars(named)).expanduser()
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return hub_home() / "hub" if not named else Path(os.path.expanduser(os.path.expandvars(named)))  # noqa: PTH111

@@ -216,6 +216,9 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
             )
         return value
 
+    def count(key: str) -> int:
+        return number(key) if at.get(key) else 0
+
     family = str(at.get("model_type", ""))
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     attention_bias = bool(at.get("attention_bias", False))
@@ -225,11 +228,10 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
             number("q_lora_rank"), number("kv_lora_rank"), number("qk_nope_head_dim"), number("qk_rope_head_dim"),
             number("v_head_dim"),
         )  # fmt: skip
-    if routed := at.get("n_routed_experts") or at.get("num_experts") or at.get("num_local_experts"):
+    if routed := count("n_routed_experts") or count("num_experts") or count("num_local_experts"):
         inner = number("moe_intermediate_size", at.get("intermediate_size"))
         experts = Experts(
-            int(routed), number("num_experts_per_tok"), int(at.get("n_shared_experts") or 0), inner,
-            int(at.get("first_k_dense_replace") or 0),
+            routed, number("num_experts_per_tok"), count("n_shared_experts"), inner, count("first_k_dense_replace"),
         )  # fmt: skip
     return Shape(
         hidden=hidden,
@@ -318,7 +320,7 @@ def find_shape(model: str) -> Shape:
             raise ModelError(f"{file} cannot be read as JSON: {error}; fetch the model again") from None
         if not isinstance(config, dict):
             raise ModelError(f"{file} holds no JSON object; fetch the model again")
-        return replace(shape_of_config(config), name=Path(model).name, hub_id=model, title=model, kind="folder")
+        return replace(_stored(config, model), name=Path(model).name, hub_id=model, title=model, kind="folder")
     names = [shape.name for shape in distinct()]
     raise UnknownName("model", model, names, hint="(or its hub id, a folder with a config.json, or a GGUF file)")
 
@@ -336,7 +338,21 @@ async def shape_on_hub(model: str) -> Shape:
             f"{model} has no config.json, by which its memory is planned: name the model that its files were made of, "
             "or a GGUF file that is here"
         )
-    return replace(shape_of_config(config), name=model.partition("/")[2], hub_id=model, title=model, kind="hub")
+    return replace(_stored(config, model), name=model.partition("/")[2], hub_id=model, title=model, kind="hub")
+
+
+def _stored(config: Mapping[str, Any], model: str) -> Shape:
+    """The shape of a model as it is stored. Raises ModelError where that is quantized in a way that is not planned."""
+    shape, packed = shape_of_config(config), config.get("quantization_config")
+    if not packed:
+        return shape
+    method = packed.get("quant_method") if isinstance(packed, Mapping) else packed
+    if method == "fp8":
+        return replace(shape, native="fp8")
+    raise ModelError(
+        f"{model} is stored quantized ({method}), in a format whose memory is not planned: it needs little more than "
+        "its files have; for what else fits, name the model that it was made of"
+    )
 
 
 def least_blocks(shape: Shape, block: int) -> bool:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dsr1kit.errors import ModelError, UsageError
-from dsr1kit.local.choice import select, size_text, sound
+from dsr1kit.local.choice import beside, select, size_text, sound
 from dsr1kit.local.folder import (
     HUB_ID,
+    WEIGHTS,
     Change,
     Kept,
     Manifest,
@@ -28,6 +29,7 @@ from dsr1kit.local.folder import (
     read_earlier,
     read_manifest,
     read_plan,
+    safe_path,
     unfinished,
 )
 from dsr1kit.local.hub import Hub, Listing, RemoteFile, require_source
@@ -35,7 +37,8 @@ from dsr1kit.local.patience import Patience
 from dsr1kit.local.transfer import digest_of, fetch_file, part_path, read_file, staged_path
 
 __all__ = [
-    "Coming", "Patience", "Weights", "WeightsFile", "config_on_hub", "default_folder", "fetch_weights", "unfinished",
+    "Coming", "Patience", "Weights", "WeightsFile", "config_on_hub", "default_folder", "fetch_beside", "fetch_weights",
+    "unfinished",
 ]  # fmt: skip
 
 OnProgress = Callable[[int, int], None]
@@ -92,7 +95,7 @@ class Coming:
 
     Attributes:
         files: paths of all files of the model, fetched and there already.
-        missing_bytes: to come over the network.
+        weights_bytes: of its weights' files together.
         config: the content of config.json; None where the model has none, as GGUF files.
     """
 
@@ -100,7 +103,7 @@ class Coming:
     licence: str
     folder: Path
     files: tuple[str, ...]
-    missing_bytes: int
+    weights_bytes: int
     config: Mapping[str, Any] | None
 
 
@@ -112,10 +115,23 @@ async def config_on_hub(
     patience: Patience | None = None,
 ) -> Mapping[str, Any] | None:  # fmt: skip
     """The content of a model's config.json, fetched alone; None where it has none. Arguments and errors as
-    `fetch_weights`."""
+    `fetch_weights`; a model of pickles alone is refused as well."""
     _require_id(model)
     async with Hub(source, endpoint, patience) as hub:
-        return await _config(hub, model, (await hub.listing(model, revision)).files)
+        files = (await hub.listing(model, revision)).files
+        if not any(file.path.endswith(WEIGHTS) for file in files):
+            select(model, files)
+        return await _config(hub, model, files)
+
+
+async def fetch_beside(model: str, folder: Path) -> None:
+    """Fetch the small files of a hub's model into a folder, checked, without its weights: configurations, tokenizer,
+    templates. Errors as `fetch_weights`."""
+    _require_id(model)
+    async with Hub("hub") as hub:
+        for file in beside((await hub.listing(model)).files):
+            if safe_path(file.path):
+                (folder / file.path).write_bytes(await read_file(hub, model, file))
 
 
 async def _config(hub: Hub, model: str, files: Sequence[RemoteFile]) -> Mapping[str, Any] | None:
@@ -161,7 +177,8 @@ async def fetch_weights(
         dry_run: only say what would be done; nothing is written.
         endpoint: base URL in place of the environment's.
         on_progress: called with (bytes there, bytes in all).
-        on_note: called with a sentence when it has to wait for another download of the same folder.
+        on_note: called with a sentence before anything is fetched, and when it has to wait for another download of
+            the same folder.
         on_plan: called, in a thread, with what is coming before any of it is fetched or a folder is made; what it
             raises ends the download.
 
@@ -187,7 +204,7 @@ async def fetch_weights(
                 return await first.planned()
             _make(folder)
             async with _alone(folder, on_note):
-                return await _Fetch(hub, model, revision, files, folder, listing).done(on_progress)
+                return await _Fetch(hub, model, revision, files, folder, listing).done(on_progress, on_note)
     except OSError as error:  # the network's are told by the hub: these are the disk's
         where = error.filename2 or error.filename or folder
         raise ModelError(
@@ -219,10 +236,10 @@ class _Fetch:
 
     async def coming(self) -> Coming:
         """Say what a download would bring, and of which configuration."""
-        missing = sum(file.size - self._begun(file) for file in await self._missing())
         config = await _config(self._hub, self._model, self._wanted)
         files = tuple(file.path for file in self._wanted)
-        return Coming(self._model, self._listing.licence, self._folder, files, missing, config)
+        size = sum(file.size for file in self._wanted if file.path.endswith(WEIGHTS))
+        return Coming(self._model, self._listing.licence, self._folder, files, size, config)
 
     async def planned(self) -> Weights:
         """Say what would be done."""
@@ -230,13 +247,17 @@ class _Fetch:
         self._require_space(missing)
         return self._weights(missing, sum(file.size - self._begun(file) for file in missing))
 
-    async def done(self, on_progress: OnProgress | None) -> Weights:
+    async def done(self, on_progress: OnProgress | None, on_note: OnNote | None) -> Weights:
         """Do it."""
         missing = await self._missing()
         change = Change(self._folder, self._manifest)
         downloaded = 0
         if missing:
             self._require_space(missing)
+            if on_note is not None:
+                size = size_text(sum(file.size - self._begun(file) for file in missing))
+                licence = self._listing.licence or "not stated, see its page"
+                on_note(f"fetching {self._model} ({size}, licence: {licence}) into {self._folder}")
             names = {
                 path.name for f in missing for path in (staged_path(change.staging, f), part_path(change.staging, f))
             }
