@@ -18,9 +18,11 @@ import pytest
 from hub import PIECE, Fault, LoopbackHub, git_blob, running, safetensors
 
 from dsr1kit.errors import MissingKey, ModelError, UsageError
-from dsr1kit.finetune.base import open_base, put_adapter
+from dsr1kit.finetune.base import open_base
+from dsr1kit.finetune.data import load_examples
 from dsr1kit.finetune.modelcard import base_of, serve_commands
-from dsr1kit.finetune.settings import AdapterSettings
+from dsr1kit.finetune.settings import AdapterSettings, SftSettings
+from dsr1kit.finetune.sft import train_sft
 from dsr1kit.finetune.tuning import suited, tokenizer_and_marks
 from dsr1kit.local import room
 from dsr1kit.local.bring import bring, bring_now
@@ -406,11 +408,15 @@ def test_a_base_is_fetched_where_it_is_first_needed(hub: LoopbackHub, tmp_path: 
     assert f"dsr1kit serve {MODEL} --adapter" in serve_commands(MODEL, adapter)["dsr1kit"]
 
 
-def test_what_is_trained_notes_the_id_of_its_base_and_not_a_place_of_this_machine(hub: LoopbackHub) -> None:
+def test_what_is_trained_notes_the_id_of_its_base_and_not_a_place_of_this_machine(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
     hub.push(MODEL, TINY)
-    loaded = open_base(MODEL, method="lora", dtype="float32", device="cpu")
-    model = put_adapter(loaded, AdapterSettings(rank=4, alpha=8), seed=0)
-    assert model.peft_config["default"].base_model_name_or_path == MODEL
+    settings = SftSettings(model=MODEL, adapter=AdapterSettings(rank=4, alpha=8), steps=1, batch_size=2, accumulation=1)
+    trained = train_sft(settings, load_examples(["worked:arithmetic:4"]), tmp_path / "run")
+    assert json.loads((trained.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == MODEL
+    assert ask(MODEL, adapters={"mine": trained.adapter}).outcome is Outcome.OK
+    assert ask("tiny-r1", adapters={"mine": trained.adapter}).outcome is Outcome.OK, "the same weights"
 
 
 def test_training_refuses_what_does_not_fit_before_it_is_fetched(hub: LoopbackHub) -> None:

@@ -107,7 +107,7 @@ async def run_comparison(
                 journal.forget_unasked()
             open_ones = [q for q in in_order(settings, items) if q.key not in journal.done()]
             try:
-                await _fetch(backends, {q.channel for q in open_ones})
+                await _fetch(backends, dict.fromkeys(q.channel for q in open_ones))
             except Dsr1kitError:
                 journal.forget_unused()
                 raise

@@ -22,6 +22,7 @@ from dsr1kit.errors import RunError, UsageError
 from dsr1kit.finetune import checkpoints
 from dsr1kit.finetune.base import disk_told
 from dsr1kit.keys import redact_texts
+from dsr1kit.local.places import is_id
 
 
 class Run:
@@ -97,6 +98,7 @@ class Run:
         try:
             shutil.rmtree(part, ignore_errors=True)
             model.save_pretrained(str(part), safe_serialization=True, state_dict=weights)
+            self._name_base(part / "adapter_config.json")
             shutil.rmtree(self.adapter, ignore_errors=True)
             part.replace(self.adapter)
         except Exception as error:
@@ -111,6 +113,14 @@ class Run:
         (self.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the kit writes a card when exporting
         self.note(result={key: value for key, value in result.items() if key != "adapter"})
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _name_base(self, config: Path) -> None:
+        """Have an adapter name its base by its hub id: the folder where that lay means nothing on another machine."""
+        identity = self._facts["identity"]
+        model = str((identity.get("sft") or identity.get("grpo") or {}).get("model", ""))
+        if is_first() and is_id(model):
+            told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": model}
+            config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def _write(self) -> None:
         if not is_first():

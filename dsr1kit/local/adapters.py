@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dsr1kit.errors import MissingExtra, ModelError, UnknownName
 from dsr1kit.local.identity import same_model
 from dsr1kit.local.load import quiet
-from dsr1kit.local.places import locate
 
 if TYPE_CHECKING:
     from dsr1kit.local.load import LoadedModel
@@ -58,7 +57,6 @@ class Adapters:
             raise MissingExtra("an adapter", "local", "peft")
         base = str(adapter_config(path).get("base_model_name_or_path") or "")
         own = str(getattr(self._model, "name_or_path", ""))
-        own = own if Path(own).is_dir() else locate(self._source)[0]
         if base and Path(base).is_dir() and Path(own).is_dir() and not same_model(base, own):
             raise ModelError(
                 f"the adapter in {path} was trained on {base}, not on {self._source}: on other weights it would mean "

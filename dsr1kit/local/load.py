@@ -151,8 +151,6 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         )
         model, found = came
         refuse_lacking(source, found)
-        if is_id(source):  # adapters note it as what they were trained on: its place here means nothing elsewhere
-            model.name_or_path = model.config._name_or_path = source
         model.eval()
         if bits == "4bit" and device == "cpu":
             _refuse_wrong_products(model)
