@@ -128,8 +128,11 @@ def test_what_does_not_fit_is_told_before_any_of_it_is_fetched(
     assert {one.path for one in hub.contents()} == {"config.json"}
     assert not default_folder(MODEL, "hub").exists()
     hub.push(MODEL, TINY)
-    monkeypatch.setattr(room, "look", lambda: replace(look(), gpus=(), memory_free_bytes=3_000_000))
+    monkeypatch.setattr(room, "look", lambda: replace(look(), gpus=(), memory_free_bytes=1_500_000))
     with pytest.raises(ModelError, match="does not fit"):
+        ask(MODEL)
+    hub.push(MODEL, edited(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(ModelError, match="does not fit: its files alone have"):
         ask(MODEL)
     assert not hub.of("model.safetensors")
 

@@ -44,7 +44,7 @@ from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, op
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
 from dsr1kit.local.places import locate
-from dsr1kit.local.room import refuse_large_gguf
+from dsr1kit.local.room import refuse_large
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -253,8 +253,9 @@ class Engine:
         """A missing engine, and too little memory, are told before gigabytes are fetched."""
         self._choose(hardware, gguf=not any(file.endswith(".safetensors") for file in coming.files))
         self._require_context(coming.config or {})
-        if self._command is None and self.engine == "llama.cpp":
-            refuse_large_gguf(self.source, coming.weights_bytes, hardware)
+        as_they_are = self.engine == "llama.cpp" or (coming.config or {}).get("quantization_config")
+        if self._command is None and as_they_are:
+            refuse_large(self.source, coming.weights_bytes, hardware)
         if self._command is None and coming.config is not None and self.engine != "llama.cpp":
             check_room(self.source, coming.config, hardware, dtype="bfloat16", quantization=self._quantization)
 

@@ -58,6 +58,8 @@ def refuse_coming(source: str, coming: Coming, quantization: str, device: str, d
         require_device(device)
     if any(file.endswith(".safetensors") for file in coming.files):
         refuse_config(source, coming.config or {}, quantization, device, dtype)
+        if (coming.config or {}).get("quantization_config"):
+            refuse_large(source, coming.weights_bytes, look())
         return
     refuse_quantized_gguf(quantization)
     if series := next((found for file in coming.files if (found := series_of(file))), None):
@@ -65,7 +67,7 @@ def refuse_coming(source: str, coming: Coming, quantization: str, device: str, d
             f"{source} is a model in {series[1]} parts, which llama.cpp alone reads: dsr1kit weights {source}, then "
             f"dsr1kit serve {source}"
         )
-    refuse_large_gguf(source, coming.weights_bytes, look())
+    refuse_large(source, coming.weights_bytes, look())
 
 
 def refuse_here(source: str, place: str, quantization: str, device: str, dtype: str) -> None:
@@ -97,8 +99,8 @@ def refuse_config(source: str, config: Mapping[str, Any], quantization: str, dev
     fitting(source, shape, quantization, name, device)
 
 
-def refuse_large_gguf(source: str, size: int, here: Hardware) -> None:
-    """Raise ModelError where GGUF files of so many bytes together exceed all memory that is free."""
+def refuse_large(source: str, size: int, here: Hardware) -> None:
+    """Raise ModelError where files of so many bytes, which are loaded as they are, exceed all memory that is free."""
     free = max(available(here), here.memory_free_bytes)
     if size > free:
         raise ModelError(
