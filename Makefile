@@ -80,7 +80,7 @@ step-nbval: $(VENV)/.installed-test
 # Each notebook from an empty folder, with the parameters and limits of data/notebooks.yaml.
 step-papermill: $(VENV)/.installed-test
 	NOTEBOOK_RUNS=$(CURDIR)/runs/notebooks \
-		$(SIDE_BY_SIDE) --dist worksteal --durations 0 tests/notebooks/test_papermill.py
+		$(SIDE_BY_SIDE) --dist load --maxschedchunk 1 --durations 0 tests/notebooks/test_papermill.py
 
 step-wheel: $(VENV)/.installed-test
 	$(CALM) TORCH_INDEX=$(TORCH_INDEX) $(PY) tests/wheel_check.py
