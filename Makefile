@@ -79,6 +79,7 @@ step-nbval: $(VENV)/.installed-test
 
 # Each notebook from an empty folder, with the parameters and limits of data/notebooks.yaml.
 step-papermill: $(VENV)/.installed-test
+	rm -rf runs/notebooks
 	NOTEBOOK_RUNS=$(CURDIR)/runs/notebooks \
 		$(SIDE_BY_SIDE) --dist load --maxschedchunk 1 --durations 0 tests/notebooks/test_papermill.py
 

@@ -18,7 +18,7 @@ import pytest
 from hub import PIECE, Fault, LoopbackHub, git_blob, running, safetensors
 
 from dsr1kit.errors import MissingKey, ModelError, UsageError
-from dsr1kit.finetune.base import open_base
+from dsr1kit.finetune.base import is_small, open_base
 from dsr1kit.finetune.data import load_examples
 from dsr1kit.finetune.modelcard import base_of, serve_commands
 from dsr1kit.finetune.settings import AdapterSettings, SftSettings
@@ -41,9 +41,8 @@ TINY = {
     path.name: path.read_bytes() for path in (data_dir() / "tiny-r1").iterdir() if path.name != "training.json"
 }  # fmt: skip
 CONFIG = json.loads(TINY["config.json"])
-HUGE = TINY | {
-    "config.json": json.dumps(CONFIG | {"num_hidden_layers": 4000, "hidden_size": 32768, "head_dim": 256}).encode()
-}  # fmt: skip
+_WIDE = {"num_hidden_layers": 4000, "layer_types": None, "hidden_size": 32768, "head_dim": 256}
+HUGE = TINY | {"config.json": json.dumps(CONFIG | _WIDE).encode()}
 
 
 @pytest.fixture
@@ -170,6 +169,10 @@ def edited(**changes: Any) -> dict[str, bytes]:
         (TINY, {"adapters": {"a": "/nonexistent"}}, ModelError, "/nonexistent holds no adapter_config.json"),
         (edited(model_type="alien"), {}, ModelError, "of the architecture 'alien', which transformers does not"),
         (edited(quantization_config={"quant_method": "awq"}), {}, ModelError, "is stored quantized: .*gptqmodel"),
+        (edited(quantization_config={"quant_method": "awq"}), {"quantization": "4bit"}, UsageError, "stored quantized"),
+        (edited(model_type=["llama"]), {}, ModelError, "which transformers does not know"),
+        (edited(num_hidden_layers=2.5), {}, ModelError, "is of no model that transformers reads"),
+        ({k: v for k, v in TINY.items() if k != "tokenizer.json"}, {}, ModelError, f"{MODEL} has no tokenizer"),
         (HUGE, {"quantization": "auto"}, ModelError, f"{MODEL} in .* needs .* GiB short"),
         ({"a.gguf": b"GGUF"}, {"quantization": "4bit"}, UsageError, "a GGUF file has its own quantization"),
         (
@@ -194,6 +197,9 @@ def test_an_engine_is_not_given_what_its_configuration_forbids(
     hub.push(MODEL, TINY)
     with pytest.raises(UsageError, match="has a context of 1024 tokens, so 4096 cannot be served"):
         asyncio.run(Engine(MODEL, engine="transformers", context=4096).__aenter__())
+    hub.push("lab/alien", edited(model_type="alien", max_position_embeddings="long"))
+    with pytest.raises(ModelError, match="which transformers does not know"):
+        asyncio.run(Engine("lab/alien", engine="transformers").__aenter__())
     hub.push("lab/large", {"a.gguf": b"GGUF" + bytes(5_000_000)})
     monkeypatch.setattr("dsr1kit.local.engines.look", lambda: replace(look(), gpus=(), memory_free_bytes=3_000_000))
     monkeypatch.setattr("dsr1kit.local.engine_commands._llama_server", lambda: "/bin/true")
@@ -210,6 +216,9 @@ def test_who_has_logged_in_by_the_hubs_own_client_needs_no_variable(
     (tmp_path / "hf" / "token").write_text(f"{LOGGED_IN}\n")
     asyncio.run(bring("lab/gated"))
     assert is_here("lab/gated")
+    (tmp_path / "hf" / "token").write_text("hf_revoked")
+    with pytest.raises(ModelError, match=rf"refuses the token in {tmp_path}/hf/token"):
+        asyncio.run(bring("lab/gated3"))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.push("lab/gated2", TINY, gated=True, token=LOGGED_IN)
     with pytest.raises(MissingKey):
@@ -422,11 +431,34 @@ def test_what_is_trained_notes_the_id_of_its_base_and_not_a_place_of_this_machin
     assert ask("tiny-r1", adapters={"mine": trained.adapter}).outcome is Outcome.OK, "the same weights"
 
 
+def test_a_training_that_is_refused_leaves_its_folder_to_the_corrected_one(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.push("lab/huge", HUGE)
+    examples = load_examples(["worked:arithmetic:4"])
+    settings = SftSettings(model="lab/huge", steps=1, batch_size=2, accumulation=1)
+    with pytest.raises(ModelError, match="does not fit"):
+        train_sft(settings, examples, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train_sft(replace(settings, model="tiny-r1"), examples, tmp_path / "run")
+    with pytest.raises(UsageError, match="holds another training"):
+        train_sft(settings, examples, tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_what_follows_from_a_models_size_is_the_same_before_and_after_it_is_fetched(hub: LoopbackHub) -> None:
+    hub.push(MODEL, TINY)
+    assert is_small(MODEL)
+    bring_now(MODEL)
+    assert is_small(MODEL)
+
+
 def test_training_refuses_what_does_not_fit_before_it_is_fetched(hub: LoopbackHub) -> None:
     hub.push(MODEL, HUGE)
     suited(MODEL)
     with pytest.raises(ModelError, match="does not fit"):
         open_base(MODEL, method="lora", dtype="auto", device="cpu")
+    hub.push("lab/mute", {k: v for k, v in TINY.items() if k != "tokenizer.json"})
+    with pytest.raises(ModelError, match="lab/mute has no tokenizer"):
+        tokenizer_and_marks("lab/mute")
     hub.push("lab/words", TINY | {"tokenizer.json": b"{}"})
     with pytest.raises(ModelError, match="could not load lab/words"):
         tokenizer_and_marks("lab/words")
@@ -464,6 +496,10 @@ def test_what_fits_is_told_of_any_hub_id_by_its_configuration_alone(hub: Loopbac
     assert "lab/packed has no config.json" in fits("lab/packed").stderr
     hub.push("lab/awq", edited(quantization_config={"quant_method": "awq"}))
     assert "lab/awq is stored quantized (awq)" in fits("lab/awq").stderr
+    hub.push("lab/fp8", edited(quantization_config={"quant_method": "fp8"}))
+    told = json.loads(fits("lab/fp8", "--on", "t4", "--json").stdout)
+    assert {fit["precision"]: fit["possible"] for fit in told["fits"]}["nf4"] is False
+    assert "--quantization" not in told["recommended"]["commands"][1]
     hub.push("lab/pickled", {"config.json": TINY["config.json"], "pytorch_model.bin": b"x"})
     assert "only as pickles" in fits("lab/pickled").stderr
     hub.push("lab/odd", edited(num_experts="many"))

@@ -340,10 +340,16 @@ def test_weights_that_are_missing_are_not_made_up(folder, quantization):
         ask(folder, quantization=quantization)
 
 
-@pytest.mark.parametrize("config", ["", "[]", "{}", '{"model_type": "nothing-known"}'])
-def test_a_config_that_means_nothing_is_told_and_not_thrown(folder, config):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("", "cannot be read as JSON"), ("[]", "holds no JSON object"), ("{}", "names no architecture"),
+        ('{"model_type": "nothing-known"}', "the architecture 'nothing-known', which transformers does not know here"),
+    ],
+)  # fmt: skip
+def test_a_config_that_means_nothing_is_told_and_not_thrown(folder, config, words):
     (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="could not load"):
+    with pytest.raises(ModelError, match=words):
         ask(folder)
 
 

@@ -174,5 +174,7 @@ def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: 
     if shape.latent or len(at.gpus) > 1:
         packed = " --quantization 4bit" if fit.precision == "nf4" else ""
         return [*fetch, f"dsr1kit serve {source} --engine vllm {sizes}{packed}"]
+    if shape.native == "fp8":
+        return [*fetch, f'dsr1kit ask --local {source} "How many primes are below 60?"']
     bits = {"nf4": " --quantization 4bit", "8bit": " --quantization 8bit"}.get(fit.precision, "")
     return [*fetch, f'dsr1kit ask --local {source}{bits} "How many primes are below 60?"']

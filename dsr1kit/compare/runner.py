@@ -31,7 +31,7 @@ from dsr1kit.compare.settings import USUAL_ITEMS, OnProgress, RunSettings
 from dsr1kit.compare.slim import load_records
 from dsr1kit.compare.summary import summarize
 from dsr1kit.compare.tasks import digest, endless, facts, load_task
-from dsr1kit.errors import Dsr1kitError, ModelError, RunError
+from dsr1kit.errors import ModelError, RunError
 from dsr1kit.keys import require_key
 from dsr1kit.local.model import LocalModel
 from dsr1kit.local.places import locate
@@ -108,7 +108,7 @@ async def run_comparison(
             open_ones = [q for q in in_order(settings, items) if q.key not in journal.done()]
             try:
                 await _fetch(backends, dict.fromkeys(q.channel for q in open_ones))
-            except Dsr1kitError:
+            except BaseException:
                 journal.forget_unused()
                 raise
             hosted = [q for q in open_ones if not is_local(q.channel)]

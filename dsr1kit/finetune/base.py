@@ -13,10 +13,10 @@ from typing import Any
 
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError, RunError
 from dsr1kit.finetune.settings import AdapterSettings
+from dsr1kit.local.bring import config_of
 from dsr1kit.local.hardware import SMALL
 from dsr1kit.local.load import LoadedModel, load
-from dsr1kit.local.places import locate
-from dsr1kit.local.shapes import find_shape
+from dsr1kit.local.shapes import shape_of_config
 
 #: Linear layers of the architectures that R1 and its distills have; routers and fused experts are none of them.
 _LINEAR = frozenset({
@@ -33,10 +33,11 @@ def require_finetune() -> None:
 
 
 def is_small(model: str) -> bool:
-    """Whether a model is as small as tiny-r1 and what is made of it; False where its size is not known here."""
+    """Whether a model is as small as tiny-r1 and what is made of it; False where its size is not known. Of a hub id
+    that is not here the hub is asked: what follows from it must be the same before and after it is fetched."""
     try:
-        return find_shape(locate(model)[0]).parameters < SMALL
-    except Dsr1kitError:  # not known to the planner, or not fetched yet
+        return (config := config_of(model)) is not None and shape_of_config(config).parameters < SMALL
+    except Dsr1kitError:  # not known to the planner, or not to be had
         return False
 
 

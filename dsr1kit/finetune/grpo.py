@@ -171,7 +171,10 @@ def train_grpo(
         return Reinforced.noted(noted, run.adapter)
     watch = Watch(settings.max_tokens, settings.patience)
     with quiet():
-        loaded = open_base(settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device)
+        with run.unused_if_refused():
+            loaded = open_base(
+                settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device
+            )
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model)
         with shortage_told(lambda: _advice(settings)):

@@ -13,12 +13,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsr1kit import about
-from dsr1kit.errors import RunError, UsageError
+from dsr1kit.errors import Dsr1kitError, RunError, UsageError
 from dsr1kit.finetune import checkpoints
 from dsr1kit.finetune.base import disk_told
 from dsr1kit.keys import redact_texts
@@ -45,6 +45,7 @@ class Run:
             before = _read(self._path) if self._path.exists() else None
         except OSError as error:
             raise UsageError(f"{folder} cannot be used: {error.strerror}") from None
+        self._fresh = before is None
         if before is not None:
             if different := _differences(before["identity"], self._facts["identity"]):
                 raise UsageError(
@@ -65,6 +66,18 @@ class Run:
         """Write facts into run.json. Raises RunError."""
         self._facts |= json.loads(json.dumps(facts, default=str))
         self._write()
+
+    @contextlib.contextmanager
+    def unused_if_refused(self) -> Iterator[None]:
+        """Leave no trace of a run whose model is refused inside, so that a corrected command may use its folder."""
+        try:
+            yield
+        except Dsr1kitError:
+            if self._fresh and is_first():
+                self._path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it holds what is not ours
+                    self.folder.rmdir()
+            raise
 
     def train(self, trainer: Any, tell: Callable[[str], None]) -> int:
         """Start the trainer, from the newest whole checkpoint where there is one; returns its step, 0 for none.

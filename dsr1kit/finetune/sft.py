@@ -110,7 +110,10 @@ def train_sft(
         tell(f"{out} is complete already")
         return Trained.noted(noted, run.adapter)
     with quiet():
-        loaded = open_base(settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device)
+        with run.unused_if_refused():
+            loaded = open_base(
+                settings.model, method=settings.adapter.method, dtype=settings.dtype, device=settings.device
+            )
         rows, left_out = _rows(loaded, settings, data, tell)
         model = put_adapter(loaded, settings.adapter, settings.seed)
         facts = facts_of(loaded, model) | {"sources": sources_of(examples)}

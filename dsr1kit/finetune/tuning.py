@@ -25,7 +25,7 @@ from dsr1kit.local.bring import bring_now, config_of, small_files_of
 from dsr1kit.local.hardware import look
 from dsr1kit.local.load import quiet
 from dsr1kit.local.load_failures import why_not
-from dsr1kit.local.places import locate
+from dsr1kit.local.places import locate, require_vocabulary
 from dsr1kit.local.release import give_back
 from dsr1kit.local.shapes import find_shape, shape_of_config
 from dsr1kit.records import Sampling
@@ -114,6 +114,8 @@ def tokenizer_and_marks(model: str) -> tuple[Any, Any]:
         if not (Path(place) / "config.json").is_file():  # a GGUF file's tokenizer is in it
             bring_now(model)
             place, gguf = locate(model)
+        else:
+            require_vocabulary(model, [file.name for file in Path(place).iterdir()])
     if gguf:
         place = str(dequantized(Path(place) / gguf))
     generation: Any = GenerationConfig

@@ -83,9 +83,9 @@ def config_of(source: str) -> Mapping[str, Any] | None:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}): copy or fetch it again") from None
+        raise ModelError(f"{file} cannot be read as JSON ({error}): copy or fetch it again, whole") from None
     if not isinstance(told, dict):
-        raise ModelError(f"{file} holds no JSON object: copy or fetch it again")
+        raise ModelError(f"{file} holds no JSON object: copy or fetch it again, whole")
     return told
 
 

@@ -44,7 +44,7 @@ from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, op
 from dsr1kit.local.engine_stage import splits_thinking, stage
 from dsr1kit.local.hardware import Hardware, choose_dtype, look
 from dsr1kit.local.places import locate
-from dsr1kit.local.room import refuse_large
+from dsr1kit.local.room import refuse_coming, refuse_large
 from dsr1kit.records import ANSWERED, R1_SAMPLING, Message, OnDelta, Outcome, Reply, Sampling
 
 if TYPE_CHECKING:
@@ -253,6 +253,9 @@ class Engine:
         """A missing engine, and too little memory, are told before gigabytes are fetched."""
         self._choose(hardware, gguf=not any(file.endswith(".safetensors") for file in coming.files))
         self._require_context(coming.config or {})
+        if self._command is None and self.engine == "transformers":
+            refuse_coming(self.source, coming, self._quantization, "auto", "auto")
+            return
         as_they_are = self.engine == "llama.cpp" or (coming.config or {}).get("quantization_config")
         if self._command is None and as_they_are:
             refuse_large(self.source, coming.weights_bytes, hardware)
@@ -261,7 +264,8 @@ class Engine:
 
     def _require_context(self, config: Mapping[str, Any]) -> int:
         """The model's own context, 0 where it does not say; raises UsageError where more was asked for."""
-        most = int(config.get("max_position_embeddings") or 0)
+        told = config.get("max_position_embeddings")
+        most = told if isinstance(told, int) else 0
         if self._context and most and self._context > most:
             raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
         return most

@@ -139,8 +139,10 @@ def plan(
 
 
 def _possible(shape: Shape, precision: str, purpose: str) -> bool:
-    # bitsandbytes replaces linear layers, not the experts' stacked tensors; nobody tunes adapters on fp8.
-    return not shape.experts or not (precision == "nf4" or (precision == "8bit" and purpose != "inference"))
+    # bitsandbytes replaces linear layers, not the experts' stacked tensors, and packs no fp8; nobody tunes adapters on
+    # fp8.
+    packed = shape.experts is not None or shape.native == "fp8"
+    return not packed or not (precision == "nf4" or (precision == "8bit" and purpose != "inference"))
 
 
 def best(fits: list[Fit], hardware: Hardware, *, of_r1: bool = True) -> Fit | None:
@@ -246,6 +248,8 @@ def advise(
 def _why_not_so(shape: Shape, precision: str) -> str:
     if precision == "8bit" and shape.native == "fp8":
         return "8 bits are its native fp8, on which adapters do not train"
+    if not shape.experts:
+        return "it is stored in fp8, which bitsandbytes does not pack again"
     return ("bitsandbytes packs linear layers, and nearly all of its weights are experts, stacked in tensors that it "
             "leaves in 16 bits")  # fmt: skip
 
@@ -345,9 +349,9 @@ def _notes(shape: Shape, precision: str, at: Hardware, context: int, purpose: st
     if purpose == "inference" and precision != "q4_k_m":
         if shape.latent:
             notes.append("served by vLLM or SGLang, not by transformers")
-            if precision == "8bit":
-                notes.append("8bit is its native fp8")
-        elif precision in _SLOWER:
+        if precision == "8bit" and shape.native == "fp8":
+            notes.append("8bit is its native fp8")
+        elif precision in _SLOWER and not shape.latent:
             notes.append(_SLOWER[precision])
     if precision in _wrong(shape, at):
         notes.append("wrong on a processor: rows are no multiple of 64 weights")

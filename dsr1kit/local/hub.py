@@ -88,12 +88,13 @@ class Hub:
         if named := offline():
             raise UsageError(f"{named} is set, so nothing is downloaded: unset {named}, then run it again")
         self._token: str | None = None
+        self._token_from = _KEYS[source]
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         import aiohttp
 
-        self._token = await asyncio.to_thread(_token_for, self.source)
+        self._token, self._token_from = await asyncio.to_thread(_token_for, self.source)
         # Cookies would carry what one host set to the next request; nothing here needs them.
         self._session = aiohttp.ClientSession(read_bufsize=_BUFFER_BYTES, cookie_jar=aiohttp.DummyCookieJar())
         return self
@@ -266,7 +267,9 @@ class Hub:
                 raise MissingKey(f"{model} is gated: {accept}")
             raise ModelError(f"{model} is gated and the account of {key} has no access yet: {accept}")
         if status == 401 and self._token is not None and code != "RepoNotFound":
-            raise ModelError(f"{self.title} refuses the token in {key} (HTTP 401): make a new one and export {key}=...")
+            raise ModelError(
+                f"{self.title} refuses the token in {self._token_from} (HTTP 401): make a new one and export {key}=..."
+            )
         if code == "EntryNotFound" or (status == 404 and path):
             raise ModelError(f"{self.title} lists {path} in {model} and does not have it; run the same command again")
         if status in (401, 404):
@@ -293,7 +296,7 @@ class Hub:
         if self._token is None:
             return {}
         if not (self._token.isascii() and self._token.isprintable()):
-            raise UsageError(f"the variable {_KEYS[self.source]} holds a character that no token has: copy it again")
+            raise UsageError(f"the token in {self._token_from} holds a character that no token has: copy it again")
         sent = {"Authorization": f"Bearer {self._token}"}
         if self.source == "modelscope":
             sent["Cookie"] = f"m_session_id={self._token}"  # what its older endpoints know a private model's owner by
@@ -317,18 +320,19 @@ def hub_home() -> Path:
     return Path(os.path.expanduser(os.path.expandvars(named)))  # noqa: PTH111 - Path's raises where there is no home
 
 
-def _token_for(source: str) -> str | None:
-    """The token of a source, from the environment or, for the Hub, from where `hf auth login` has left it."""
-    if (key := find_key(_KEYS[source])) or source != "hub":
-        return key
-    if key := find_key("HUGGING_FACE_HUB_TOKEN"):
-        return key
-    try:
-        key = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return None
-    remember(key)
-    return key or None
+def _token_for(source: str) -> tuple[str | None, str]:
+    """The token of a source and where it was, from the environment or, for the Hub, where `hf auth login` left it."""
+    names = (_KEYS[source], *(["HUGGING_FACE_HUB_TOKEN"] if source == "hub" else ()))
+    for name in names:
+        if key := find_key(name):
+            return key, name
+    if source == "hub":
+        file = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token")
+        with contextlib.suppress(OSError, ValueError):
+            if key := file.read_text(encoding="utf-8").strip():
+                remember(key)
+                return key, str(file)
+    return None, _KEYS[source]
 
 
 def require_source(source: str) -> None:

@@ -26,7 +26,9 @@ from dsr1kit.local.release import give_back_freed
 from dsr1kit.local.room import (
     fitting,
     fitting_instead,
+    packed_by,
     refuse_coming,
+    refuse_here,
     refuse_quantized_gguf,
     require_device,
     seen_from,
@@ -121,10 +123,11 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
 
     bring_now(source, on_plan=lambda coming: refuse_coming(source, coming, quantization, device, dtype))
     place, gguf = locate(source)
-    if device != "auto":
-        require_device(device)
     if gguf:
+        require_device("cpu" if device == "auto" else device)
         refuse_quantized_gguf(quantization)
+    else:
+        refuse_here(source, place, quantization, device, dtype)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if gguf:
@@ -137,7 +140,10 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         shape = shape_or_none(config.to_dict())
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
-        bits, why = fitting(source, shape, "none" if gguf else quantization, name, device)
+        if packed := getattr(config, "quantization_config", None):
+            bits, why = "none", f"stored quantized ({packed_by(packed)})"
+        else:
+            bits, why = fitting(source, shape, "none" if gguf else quantization, name, device)
         precision = PRECISION_OF[name if bits == "none" else bits]
         options = _quantized(bits, getattr(torch, name))
         came: Any = AutoModelForCausalLM.from_pretrained(

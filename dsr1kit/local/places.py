@@ -5,7 +5,9 @@ Knows names and folders; asks no network and loads nothing.
 
 from __future__ import annotations
 
+import fnmatch
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from dsr1kit.errors import ModelError, UnknownName
@@ -72,10 +74,14 @@ def _in_folder(path: Path) -> tuple[str, str | None]:
         return str(path), files[0]
     if not (path / "config.json").is_file() or not safetensors:
         raise ModelError(_no_model(path))
-    if not _has_vocabulary(path):
-        # transformers would make up an empty one.
-        raise ModelError(f"{path} has no tokenizer (tokenizer.json): copy it from the model's page into the folder")
+    require_vocabulary(str(path), [file.name for file in path.iterdir()])
     return str(path), None
+
+
+def require_vocabulary(source: str, files: Iterable[str]) -> None:
+    """Raise ModelError where none of a model's files is a tokenizer's: transformers would make up an empty one."""
+    if not _vocabularies(files):
+        raise ModelError(f"{source} has no tokenizer (tokenizer.json): take it from the model's page or its base's")
 
 
 def _ggufs(path: Path) -> list[str]:
@@ -104,8 +110,8 @@ def _no_model(path: Path) -> str:
     return f"{path} lacks {' and '.join(lacking)}: name the folder that holds a model's files themselves"
 
 
-def _has_vocabulary(folder: Path) -> bool:
-    return any(file.match(form) for file in folder.iterdir() for form in _VOCABULARIES)
+def _vocabularies(files: Iterable[str]) -> list[str]:
+    return [file for file in files if "/" not in file and any(fnmatch.fnmatchcase(file, at) for at in _VOCABULARIES)]
 
 
 def _cached(model: str) -> Path | None:
@@ -126,7 +132,7 @@ def _cached(model: str) -> Path | None:
     if any(parts.count(series) != series[1] for series in parts):
         return None
     if any(name.endswith(".safetensors") for name in files):
-        return folder if "config.json" in files and _has_vocabulary(folder) else None
+        return folder if "config.json" in files and _vocabularies(files) else None
     return folder if _ggufs(folder) else None
 
 

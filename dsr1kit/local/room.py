@@ -14,6 +14,7 @@ from dsr1kit.local.bring import config_of
 from dsr1kit.local.folder import series_of
 from dsr1kit.local.hardware import choose_dtype, choose_quantization, look
 from dsr1kit.local.memory import GIB, PRECISION_OF, available, need
+from dsr1kit.local.places import require_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +58,7 @@ def refuse_coming(source: str, coming: Coming, quantization: str, device: str, d
     if device != "auto":
         require_device(device)
     if any(file.endswith(".safetensors") for file in coming.files):
+        require_vocabulary(source, coming.files)
         refuse_config(source, coming.config or {}, quantization, device, dtype)
         if (coming.config or {}).get("quantization_config"):
             refuse_large(source, coming.weights_bytes, look())
@@ -83,14 +85,21 @@ def refuse_config(source: str, config: Mapping[str, Any], quantization: str, dev
     from transformers import CONFIG_MAPPING
 
     family = config.get("model_type")
-    if family not in CONFIG_MAPPING:
+    if not family:
+        raise ModelError(f"config.json of {source} names no architecture (model_type): copy or fetch it again, whole")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise ModelError(
             f"{source} is of the architecture {family!r}, which transformers does not know here: upgrade it (pip "
             "install -U transformers), or serve the model by an engine that does; code that comes with a model never "
             "runs"
         )
+    try:
+        CONFIG_MAPPING[family].from_dict(dict(config))
+    except Exception as error:  # it raises what it likes
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"config.json of {source} is of no model that transformers reads: {said}") from None
     if packed := config.get("quantization_config"):
-        _refuse_packed(source, packed)
+        _refuse_packed(source, packed, quantization)
         return
     shape = shape_or_none(config)
     if device == "auto":
@@ -115,10 +124,19 @@ def refuse_quantized_gguf(quantization: str) -> None:
         raise UsageError("a GGUF file has its own quantization: open it with quantization='none'")
 
 
-def _refuse_packed(source: str, packed: object) -> None:
-    """Raise ModelError where weights that come quantized need a package that is not here."""
+def packed_by(packed: object) -> str:
+    """The method that a `quantization_config` names."""
+    return str(packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed))
+
+
+def _refuse_packed(source: str, packed: object, quantization: str) -> None:
+    """Raise ModelError where weights that come quantized need a package that is not here, UsageError where they are to
+    be quantized in another way."""
     import transformers.quantizers
 
+    method = packed_by(packed)
+    if quantization not in ("none", "auto") and method != "bitsandbytes":
+        raise UsageError(f"{source} is stored quantized ({method}): open it with quantization='none'")
     found: Any = transformers.quantizers  # which says not what it exports
     try:
         found.AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment(
