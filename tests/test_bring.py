@@ -170,6 +170,7 @@ def edited(**changes: Any) -> dict[str, bytes]:
         (edited(model_type="alien"), {}, ModelError, "of the architecture 'alien', which transformers does not"),
         (edited(quantization_config={"quant_method": "awq"}), {}, ModelError, "is stored quantized: .*gptqmodel"),
         (edited(quantization_config={"quant_method": "awq"}), {"quantization": "4bit"}, UsageError, "stored quantized"),
+        (edited(quantization_config="awq"), {}, ModelError, "is of no model that transformers reads"),
         (edited(model_type=["llama"]), {}, ModelError, "which transformers does not know"),
         (edited(num_hidden_layers=2.5), {}, ModelError, "is of no model that transformers reads"),
         ({k: v for k, v in TINY.items() if k != "tokenizer.json"}, {}, ModelError, f"{MODEL} has no tokenizer"),
@@ -398,6 +399,27 @@ def test_where_the_hubs_cache_is_can_be_said_in_its_own_ways(tmp_path: Path, mon
     (tmp_path / "nobody" / ".cache").mkdir(parents=True)
     (tmp_path / "hf").rename(tmp_path / "nobody" / ".cache" / "huggingface")
     assert is_here(MODEL)
+
+
+def test_a_model_that_is_stored_in_four_bits_opens_as_it_is(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four: Any = BitsAndBytesConfig
+    config = four(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                  bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    tiny = str(data_dir() / "tiny-r1")
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(str(tmp_path))
+    for name in TINY.keys() - {"config.json", "model.safetensors"}:
+        (tmp_path / name).write_bytes(TINY[name])
+    wanted = ask("tiny-r1", quantization="4bit")
+    for quantization in ("none", "auto", "4bit"):
+        reply = ask(str(tmp_path), quantization=quantization)
+        assert reply.answer == wanted.answer
+        assert reply.extra["quantization"] == "4bit"
+    with pytest.raises(UsageError, match=r"is stored quantized \(bitsandbytes\): open it with quantization='none'"):
+        ask(str(tmp_path), quantization="8bit")
 
 
 # --- fine-tuning --------------------------------------------------------------------------------------------

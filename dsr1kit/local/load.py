@@ -26,6 +26,7 @@ from dsr1kit.local.release import give_back_freed
 from dsr1kit.local.room import (
     fitting,
     fitting_instead,
+    packed_bits,
     packed_by,
     refuse_coming,
     refuse_here,
@@ -141,11 +142,11 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
         counted = 0 if shape is None else shape.parameters
         name, reason = choose_dtype(counted, device) if dtype == "auto" else (dtype, "asked for")
         if packed := getattr(config, "quantization_config", None):
-            bits, why = "none", f"stored quantized ({packed_by(packed)})"
+            bits, why = packed_bits(packed), f"stored quantized ({packed_by(packed)})"
         else:
             bits, why = fitting(source, shape, "none" if gguf else quantization, name, device)
         precision = PRECISION_OF[name if bits == "none" else bits]
-        options = _quantized(bits, getattr(torch, name))
+        options = {} if packed else _quantized(bits, getattr(torch, name))
         came: Any = AutoModelForCausalLM.from_pretrained(
             place,
             trust_remote_code=False,

@@ -129,14 +129,19 @@ def packed_by(packed: object) -> str:
     return str(packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed))
 
 
+def packed_bits(packed: object) -> str:
+    """What a `quantization_config` is in the kit's words: `4bit` or `8bit` of bitsandbytes, else `none` of them."""
+    told = packed if isinstance(packed, dict) else vars(packed)
+    return next((b for b in ("4bit", "8bit") if told.get(f"load_in_{b}") or told.get(f"_load_in_{b}")), "none")
+
+
 def _refuse_packed(source: str, packed: object, quantization: str) -> None:
     """Raise ModelError where weights that come quantized need a package that is not here, UsageError where they are to
     be quantized in another way."""
     import transformers.quantizers
 
-    method = packed_by(packed)
-    if quantization not in ("none", "auto") and method != "bitsandbytes":
-        raise UsageError(f"{source} is stored quantized ({method}): open it with quantization='none'")
+    if quantization not in ("none", "auto", packed_bits(packed)):
+        raise UsageError(f"{source} is stored quantized ({packed_by(packed)}): open it with quantization='none'")
     found: Any = transformers.quantizers  # which says not what it exports
     try:
         found.AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment(
