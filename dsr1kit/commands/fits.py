@@ -45,17 +45,15 @@ def fits(
     at = find_hardware(on) if on else look()
     shape = _shape(model) if model else None
     found = plan(at, context=context, batch=batch, purpose=for_, model=shape)
-    chosen = best(found, at, of_r1=shape is None)
-    runs = [fit for fit in found if fit.state != "no"]
+    pick = best(found, at, of_r1=shape is None)
     if model:
-        pick = chosen
         least = found[-1].precision
         advice = "" if pick or shape is None else advise(
             shape, at, precision=least, context=context, batch=batch, purpose=for_
         )  # fmt: skip
         value, reason = (f"{pick.model} {pick.precision}", pick.note) if pick else ("", advice)
     else:
-        pick, (value, reason) = chosen, recommend(at, context=context, batch=batch, purpose=for_)
+        value, reason = recommend(at, context=context, batch=batch, purpose=for_)
     lines = [] if model and pick is None else _commands(pick, at, context, batch, for_)
     title = machines()[at.name].title if at.name else ""
     if as_json:
@@ -72,7 +70,7 @@ def fits(
             print(f"\nrun first: {value}" + (f": {reason}" if reason else ""))
         for line in lines:
             print(f"  {line}")
-    if model and not runs:
+    if model and pick is None:
         if not as_json:
             err.print(f"dsr1kit: {reason}", markup=False)
         raise SystemExit(1)
@@ -174,7 +172,6 @@ def _commands(fit: Fit | None, at: Hardware, context: int, batch: int, purpose: 
     if shape.latent or len(at.gpus) > 1:
         packed = " --quantization 4bit" if fit.precision == "nf4" else ""
         return [*fetch, f"dsr1kit serve {source} --engine vllm {sizes}{packed}"]
-    if shape.native == "fp8":
-        return [*fetch, f'dsr1kit ask --local {source} "How many primes are below 60?"']
     bits = {"nf4": " --quantization 4bit", "8bit": " --quantization 8bit"}.get(fit.precision, "")
+    bits = "" if shape.native == "fp8" else bits  # it is in 8 bits as it is
     return [*fetch, f'dsr1kit ask --local {source}{bits} "How many primes are below 60?"']

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
 import shutil
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 from dsr1kit.errors import MissingKey, ModelError, UsageError
 from dsr1kit.local.hub import offline
-from dsr1kit.local.places import is_here, locate
+from dsr1kit.local.places import is_here, locate, read_object
 from dsr1kit.local.weights import Coming, OnPlan, config_on_hub, fetch_beside, fetch_weights
 from dsr1kit.progress import fetch_progress
 
@@ -79,14 +78,7 @@ def config_of(source: str) -> Mapping[str, Any] | None:
     if not Path(place).is_dir():
         _require_online(source)
         return _waited_for(config_on_hub(source))
-    file = Path(place) / "config.json"
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}): copy or fetch it again, whole") from None
-    if not isinstance(told, dict):
-        raise ModelError(f"{file} holds no JSON object: copy or fetch it again, whole")
-    return told
+    return read_object(Path(place) / "config.json")
 
 
 @cache

@@ -6,7 +6,6 @@ processes or requests.
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Mapping
@@ -14,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsr1kit.errors import Dsr1kitError, ModelError
+from dsr1kit.errors import Dsr1kitError, ModelError, UsageError
 from dsr1kit.local.engine_commands import Quantization, chat_template, read_json
 from dsr1kit.local.folder import check_weights
 from dsr1kit.local.hardware import Hardware
 from dsr1kit.local.memory import PRECISION_OF, half_precision, need
+from dsr1kit.local.places import read_object
 from dsr1kit.local.room import refuse_unfit
 from dsr1kit.local.shapes import Shape, shape_of_config
 
@@ -56,7 +56,7 @@ def check_weights_of(folder: Path) -> None:
     if folder.is_file():
         _check_files(folder.parent, [folder])
         return
-    _check_json(folder / "config.json")
+    read_object(folder / "config.json")
     _check_files(folder, [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
     if not chat_template(folder):
         raise ModelError(
@@ -75,8 +75,17 @@ def check_adapter(adapter: Path) -> None:
         raise ModelError(f"there is no adapter {adapter}; name the folder that save_pretrained() wrote")
     if adapter.is_dir():
         if (adapter / "adapter_config.json").is_file():
-            _check_json(adapter / "adapter_config.json")
+            read_object(adapter / "adapter_config.json")
         _check_files(adapter, list(adapter.glob("*.safetensors")))
+
+
+def own_context(source: str, config: Mapping[str, Any], asked: int | None) -> int:
+    """A model's own context, 0 where its configuration does not say; raises UsageError where more was asked for."""
+    told = config.get("max_position_embeddings")
+    most = told if isinstance(told, int) else 0
+    if asked and most and asked > most:
+        raise UsageError(f"{source} has a context of {most} tokens, so {asked} cannot be served")
+    return most
 
 
 def gpus_for(folder: Path, hardware: Hardware, *, dtype: str, quantization: Quantization, context: int) -> int:
@@ -127,15 +136,6 @@ def _planned(
         )
     chosen = dtype if quantization == "none" else quantization
     return shape, PRECISION_OF.get(chosen, half_precision(hardware))
-
-
-def _check_json(path: Path) -> None:
-    try:
-        told: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read ({error}): copy or download it again") from None
-    if not isinstance(told, dict):
-        raise ModelError(f"{path} holds no JSON object: copy or download it again")
 
 
 def _check_files(folder: Path, files: list[Path]) -> None:

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from dsr1kit.local.engine_checks import (
     check_weights_of,
     gpus_for,
     made_up_in,
+    own_context,
 )
 from dsr1kit.local.engine_process import HOST, Supervised, ending, free_port, opened, taken
 from dsr1kit.local.engine_stage import splits_thinking, stage
@@ -213,7 +214,7 @@ class Engine:
             from dsr1kit.local.gguf import dequantized
 
             weights = await _aside(dequantized, weights)
-        most = self._require_context(commands.read_json(weights / "config.json"))
+        most = own_context(self.source, commands.read_json(weights / "config.json"), self._context)
         usual = commands.CONTEXT_GPU if hardware.gpus else commands.CONTEXT_CPU
         share: float | None = None
         folder, context, dtype, gpus = weights.is_dir(), self._context or min(usual, most or usual), "auto", 1
@@ -252,23 +253,17 @@ class Engine:
     def _suit(self, coming: Coming, hardware: Hardware) -> None:
         """A missing engine, and too little memory, are told before gigabytes are fetched."""
         self._choose(hardware, gguf=not any(file.endswith(".safetensors") for file in coming.files))
-        self._require_context(coming.config or {})
-        if self._command is None and self.engine == "transformers":
+        config = coming.config or {}
+        own_context(self.source, config, self._context)
+        if self._command is not None:
+            return
+        if self.engine == "transformers":
             refuse_coming(self.source, coming, self._quantization, "auto", "auto")
             return
-        as_they_are = self.engine == "llama.cpp" or (coming.config or {}).get("quantization_config")
-        if self._command is None and as_they_are:
+        if self.engine == "llama.cpp" or config.get("quantization_config"):
             refuse_large(self.source, coming.weights_bytes, hardware)
-        if self._command is None and coming.config is not None and self.engine != "llama.cpp":
-            check_room(self.source, coming.config, hardware, dtype="bfloat16", quantization=self._quantization)
-
-    def _require_context(self, config: Mapping[str, Any]) -> int:
-        """The model's own context, 0 where it does not say; raises UsageError where more was asked for."""
-        told = config.get("max_position_embeddings")
-        most = told if isinstance(told, int) else 0
-        if self._context and most and self._context > most:
-            raise UsageError(f"{self.source} has a context of {most} tokens, so {self._context} cannot be served")
-        return most
+        if config and self.engine != "llama.cpp":
+            check_room(self.source, config, hardware, dtype="bfloat16", quantization=self._quantization)
 
     def _check_log(self) -> None:
         if not self._own_log:

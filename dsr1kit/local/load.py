@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsr1kit.errors import Dsr1kitError, MissingExtra, ModelError
-from dsr1kit.local.bring import bring_now
+from dsr1kit.local.bring import bring_now, config_of
 from dsr1kit.local.hardware import choose_dtype, look
 from dsr1kit.local.load_failures import why_not
 from dsr1kit.local.memory import PRECISION_OF
@@ -29,8 +29,8 @@ from dsr1kit.local.room import (
     packed_bits,
     packed_by,
     refuse_coming,
-    refuse_here,
     refuse_quantized_gguf,
+    refuse_unknown,
     require_device,
     seen_from,
     shape_or_none,
@@ -124,11 +124,12 @@ def _load_quietly(source: str, quantization: Quantization, device: str, dtype: s
 
     bring_now(source, on_plan=lambda coming: refuse_coming(source, coming, quantization, device, dtype))
     place, gguf = locate(source)
+    if device != "auto":
+        require_device(device)
     if gguf:
-        require_device("cpu" if device == "auto" else device)
         refuse_quantized_gguf(quantization)
-    else:
-        refuse_here(source, place, quantization, device, dtype)
+    else:  # whether it fits is asked below, of what transformers has read
+        refuse_unknown(source, config_of(place) or {}, quantization)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if gguf:

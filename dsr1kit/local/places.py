@@ -6,9 +6,11 @@ Knows names and folders; asks no network and loads nothing.
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dsr1kit.errors import ModelError, UnknownName
 from dsr1kit.local.folder import HUB_ID, PICKLES, check_weights, default_folder, read_manifest, series_of, unfinished
@@ -51,6 +53,17 @@ def locate(source: str) -> tuple[str, str | None]:
     if "/" in source:
         raise ModelError(f"there is no folder {path}; name a folder, a hub id (org/name) or a .gguf file")
     raise UnknownName("model", source, ["tiny-r1"], hint="(or a folder, a hub id org/name, a .gguf file)")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in one of a model's JSON files. Raises ModelError where it cannot be read, or is none."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}): copy or fetch it again, whole") from None
+    if not isinstance(told, dict):
+        raise ModelError(f"{path} holds no JSON object: copy or fetch it again, whole")
+    return told
 
 
 def is_here(source: str) -> bool:

@@ -82,6 +82,19 @@ def refuse_here(source: str, place: str, quantization: str, device: str, dtype: 
 
 def refuse_config(source: str, config: Mapping[str, Any], quantization: str, device: str, dtype: str) -> None:
     """Raise ModelError where a model of this configuration cannot be loaded here. Arguments as `refuse_coming`."""
+    refuse_unknown(source, config, quantization)
+    if config.get("quantization_config"):
+        return
+    shape = shape_or_none(config)
+    if device == "auto":
+        device = "cuda:0" if look().gpus else "cpu"
+    name = choose_dtype(0 if shape is None else shape.parameters, device).value if dtype == "auto" else dtype
+    fitting(source, shape, quantization, name, device)
+
+
+def refuse_unknown(source: str, config: Mapping[str, Any], quantization: str) -> None:
+    """Raise ModelError where transformers has no such architecture, or lacks a package for weights that come
+    quantized; UsageError where those are to be quantized in another way."""
     from transformers import CONFIG_MAPPING
 
     family = config.get("model_type")
@@ -100,12 +113,6 @@ def refuse_config(source: str, config: Mapping[str, Any], quantization: str, dev
         raise ModelError(f"config.json of {source} is of no model that transformers reads: {said}") from None
     if packed := config.get("quantization_config"):
         _refuse_packed(source, packed, quantization)
-        return
-    shape = shape_or_none(config)
-    if device == "auto":
-        device = "cuda:0" if look().gpus else "cpu"
-    name = choose_dtype(0 if shape is None else shape.parameters, device).value if dtype == "auto" else dtype
-    fitting(source, shape, quantization, name, device)
 
 
 def refuse_large(source: str, size: int, here: Hardware) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dsr1kit.config import Table, read_toml
 from dsr1kit.errors import ModelError, UnknownName
-from dsr1kit.local.places import is_id, locate
+from dsr1kit.local.places import is_id, locate, read_object
 from dsr1kit.paths import data_dir
 
 Role = Literal["embedding", "head", "attention", "value", "mlp", "down", "router"]
@@ -314,13 +314,9 @@ def find_shape(model: str) -> Shape:
         return shape_of_gguf(path)
     file = path / "config.json"
     if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} cannot be read as JSON: {error}; fetch the model again") from None
-        if not isinstance(config, dict):
-            raise ModelError(f"{file} holds no JSON object; fetch the model again")
-        return replace(_stored(config, model), name=Path(model).name, hub_id=model, title=model, kind="folder")
+        return replace(
+            _stored(read_object(file), model), name=Path(model).name, hub_id=model, title=model, kind="folder"
+        )
     names = [shape.name for shape in distinct()]
     raise UnknownName("model", model, names, hint="(or its hub id, a folder with a config.json, or a GGUF file)")
 
